@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from headrace.errors import AddressError
 
-__all__ = ["cache_dir", "check_bind", "client_endpoint", "runtime_dir", "worker_endpoint"]
+__all__ = ["cache_dir", "check_bind", "client_endpoint", "is_loopback", "models_dir", "runtime_dir", "worker_endpoint"]
 
 
 def runtime_dir() -> Path:
@@ -28,6 +28,11 @@ def cache_dir() -> Path:
     """Where models and tokenizers are kept: $HEADRACE_CACHE, else `headrace` in the user's cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return Path(os.environ.get("HEADRACE_CACHE", base / "headrace"))
+
+
+def models_dir() -> Path:
+    """Where fetched and converted models are kept: $HEADRACE_MODELS, else `models` in the cache folder."""
+    return Path(os.environ.get("HEADRACE_MODELS", cache_dir() / "models"))
 
 
 def client_endpoint() -> str:

@@ -85,14 +85,15 @@ class SamplingParams:
         self._check_logit_bias()
 
     def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        given: object = self.stop  # people write one string or a list
+        stop = (given,) if isinstance(given, str) else tuple(self.stop)
         if len(stop) > MAX_STOP:
             raise _bad("stop", f"{len(stop)} strings", f"at most {MAX_STOP} strings")
         for text in stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise _bad("stop", text, f"strings of 1 to {MAX_STOP_LENGTH} characters")
         object.__setattr__(self, "stop", stop)
-        if isinstance(self.stop_token_ids, str) or len(self.stop_token_ids) > 64:
+        if len(self.stop_token_ids) > 64:
             raise _bad("stop_token_ids", self.stop_token_ids, "at most 64 token ids")
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, 0, MAX_TOKEN_ID)
@@ -136,7 +137,9 @@ class SamplingParams:
                 values["stop_token_ids"] = tuple(values["stop_token_ids"])  # type: ignore[arg-type]
             return cls(**values)  # type: ignore[arg-type]
         except (TypeError, ValueError, IndexError, KeyError) as error:
-            raise InvalidRequestError(f"The sampling settings have the wrong shape: {error}.", param="sampling") from error
+            raise InvalidRequestError(
+                f"The sampling settings have the wrong shape: {error}.", param="sampling"
+            ) from error
 
 
 def _bad(name: str, value: object, wanted: str) -> InvalidRequestError:
