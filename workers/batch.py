@@ -1,0 +1,81 @@
+"""From a plan to the tensors of one step: token ids, positions, KV slots and block tables of a ragged batch.
+
+Each running sequence has a row in one persistent table of blocks, where only new blocks are written; the rest is
+arithmetic on whole arrays, so the cost hardly grows with the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from headrace.kernels.batch import Batch
+from headrace.workers.scheduler import Chunk
+
+__all__ = ["BatchBuilder"]
+
+
+class BatchBuilder:
+    """The block tables of all rows, and `build`."""
+
+    def __init__(self, *, num_rows: int, max_blocks: int, block_size: int, device: torch.device | str = "cpu") -> None:
+        self._block_size = block_size
+        self._device = torch.device(device)
+        self._tables = np.zeros((num_rows, max_blocks), dtype=np.int32)
+        # The list object whose blocks a row shows: a sequence gets a new list whenever it is admitted.
+        self._sources: list[list[int] | None] = [None] * num_rows
+        self._written = [0] * num_rows
+
+    def build(self, chunks: Items[Chunk]) -> Batch:
+        """The batch of a plan's chunks; call it before the next plan changes the sequences."""
+        for sequence, _ in chunks:
+            self._show_blocks(sequence.row, sequence.blocks)
+        lens = [chunk.num_tokens for chunk in chunks]
+        computed = [chunk.sequence.num_computed for chunk in chunks]
+        contexts = tuple(have + new for have, new in zip(computed, lens, strict=True))
+        starts = [0, *accumulate(lens)]
+        num_decodes = sum(length == 1 for length in lens)
+        assert all(length == 1 for length in lens[:num_decodes]), "decodes come first"
+
+        rows = np.array([chunk.sequence.row for chunk in chunks])
+        token_ids = np.empty(starts[-1], dtype=np.int64)
+        token_ids[:num_decodes] = [sequence.tokens[sequence.num_computed] for sequence, _ in chunks[:num_decodes]]
+        for (sequence, count), start in zip(chunks[num_decodes:], starts[num_decodes:], strict=False):
+            tokens = np.frombuffer(sequence.tokens, np.uint32, count, sequence.num_computed * sequence.tokens.itemsize)
+            token_ids[start : start + count] = tokens
+        if num_decodes == len(chunks):
+            positions, row_of = np.array(computed), rows
+        else:
+            shift = np.array(computed) - np.array(starts[:-1])
+            positions, row_of = np.arange(starts[-1]) + np.repeat(shift, lens), np.repeat(rows, lens)
+        slots = self._tables[row_of, positions // self._block_size].astype(np.int64) * self._block_size
+        slots += positions % self._block_size
+        max_blocks = -(-max(contexts) // self._block_size)
+        logits_rows = [start - 1 for chunk, start in zip(chunks, starts[1:], strict=True) if chunk.samples]
+        return Batch(
+            token_ids=self._tensor(token_ids),
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            query_starts=self._tensor(np.array(starts, dtype=np.int32)),
+            context_lens=self._tensor(np.array(contexts, dtype=np.int32)),
+            block_tables=self._tensor(self._tables[rows, :max_blocks]),
+            num_decodes=num_decodes,
+            query_lens=tuple(lens),
+            context_lens_host=contexts,
+            logits_rows=self._tensor(np.array(logits_rows, dtype=np.int64)),
+        )
+
+    def _show_blocks(self, row: int, blocks: list[int]) -> None:
+        if self._sources[row] is not blocks:
+            self._sources[row] = blocks
+            self._written[row] = 0
+        written, count = self._written[row], len(blocks)
+        if written < count:
+            self._tables[row, written:count] = blocks[written:]
+            self._written[row] = count
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)

@@ -1,0 +1,48 @@
+"""Settings of one engine, checked once: sizes and limits, nothing that changes while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.errors import ConfigError
+
+__all__ = ["EngineConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Sizes and limits of an engine.
+
+    Attributes:
+        max_model_len: most tokens of prompt and output together; None takes the model's own limit.
+        max_num_seqs: most sequences that run at once.
+        max_batch_tokens: token budget of one step; small keeps streams even, large reads prompts faster.
+        block_size: tokens of one KV block.
+        kv_tokens: tokens the KV cache holds; None sizes it from the free memory.
+        prefix_cache: whether sequences share the KV of equal beginnings.
+        dtype: of weights and KV; "auto" takes the checkpoint's.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_batch_tokens: int = 2048
+    block_size: int = 16
+    kv_tokens: int | None = None
+    prefix_cache: bool = True
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_batch_tokens", "block_size", "kv_tokens"):
+            value = getattr(self, name)
+            if value is None and name in ("max_model_len", "kv_tokens"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1.", param=name)
+        if self.kv_tokens is not None and self.kv_tokens < self.block_size:
+            raise ConfigError(
+                f"kv_tokens is {self.kv_tokens}, less than one block of {self.block_size} tokens; raise it.",
+                param="kv_tokens",
+            )

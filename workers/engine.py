@@ -1,0 +1,320 @@
+"""One model serving many streams in one process: assignments in, tokens out, a step at a time.
+
+The engine knows no socket and no clock: `now` is an argument, in monotonic seconds. Every rank of a group makes the
+same calls in the same order and so computes the same steps. A stream ends with
+
+    stop    the model chose one of its end tokens or the request's stop_token_ids; that token is neither sent nor
+            counted, so what was sent is exactly the text
+    length  max_tokens were sent
+
+or with a refusal: past its deadline, or its logits were not numbers (which ends that stream alone).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headrace.card import ModelCard
+from headrace.errors import ConfigError, DeadlineExceededError, HeadraceError, InternalError, InvalidRequestError
+from headrace.kernels.kv import KVCache
+from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, pack_tokens, unpack_tokens
+from headrace.sampling import SamplingParams
+from headrace.workers.config import EngineConfig
+from headrace.workers.memory import default_kv_blocks
+from headrace.workers.runner import Runner
+from headrace.workers.sampler import Choice
+from headrace.workers.scheduler import Scheduler
+from headrace.workers.sequence import Sequence
+
+if TYPE_CHECKING:
+    from headrace.kernels.model import Model
+
+__all__ = ["Engine", "EngineConfig", "StepResult"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step sends: new tokens, ends, and streams that cannot go on."""
+
+    runs: list[TokenRun] = field(default_factory=list)
+    finishes: list[Finish] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+class Engine:
+    """A model with its scheduler and KV cache.
+
+    Attributes:
+        card: describes the model as served, with the context length that the KV cache allows.
+        blobs: files named by the card, by name; empty unless made by `load`.
+        config: the settings in force.
+        max_num_seqs: streams that run at once.
+        kv_tokens: tokens the KV cache holds.
+    """
+
+    def __init__(
+        self, model: Model, card: ModelCard, config: EngineConfig, *, blobs: dict[str, bytes] | None = None
+    ) -> None:
+        max_model_len = _max_model_len(card, config)
+        num_blocks = _num_blocks(model, config, max_model_len)
+        max_model_len = min(max_model_len, num_blocks * config.block_size)
+        self.card = dataclasses.replace(card, max_model_len=max_model_len)
+        self.blobs = blobs or {}
+        self.config = config
+        self.max_num_seqs = config.max_num_seqs
+        self.kv_tokens = num_blocks * config.block_size
+        self._scheduler = Scheduler(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_batch_tokens=config.max_batch_tokens,
+            max_model_len=max_model_len,
+            prefix_cache=config.prefix_cache,
+            salt=card.fingerprint.encode(),
+        )
+        self._runner = Runner(
+            model,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+        )
+        self._sequences: dict[tuple[bytes, int], Sequence] = {}
+        self._pending = StepResult()  # ends found outside of a step
+        self._steps = 0
+        self._generated_tokens = 0
+        self._prompt_tokens = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        config: EngineConfig,
+        *,
+        name: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Engine:
+        """The engine of a model folder; `progress` is told bytes done and bytes in all."""
+        from headrace.workers.describe import describe
+        from headrace.workers.loader import load_model
+
+        card, blobs = describe(folder, name=name, dtype=config.dtype, max_model_len=config.max_model_len)
+        model = load_model(folder, dtype=config.dtype, progress=progress)
+        return cls(model, card, config, blobs=blobs)
+
+    # ---------------------------------------------------------------------------------------------------- streams
+
+    def add(self, assignment: Assignment, now: float) -> None:
+        """Take a stream on. An earlier attempt at it is dropped; the same or an older attempt changes nothing.
+
+        Raises:
+            RequestError: it cannot be served; what to do is in the message.
+        """
+        key = (assignment.request, assignment.choice)
+        if (held := self._sequences.get(key)) is not None:
+            if held.stream.attempt >= assignment.attempt:
+                return
+            self._drop(held)
+        sequence = self._sequence(assignment, now)
+        if sequence.num_output >= sequence.max_tokens:
+            self._pending.finishes.append(_finish(sequence, "length"))
+            return
+        self._sequences[key] = sequence
+        self._scheduler.add(sequence)
+
+    def revoke(self, stream: StreamId) -> None:
+        """Drop a stream without a word; unknown ones, and attempts newer than the named one, are left alone."""
+        held = self._sequences.get((stream.request, stream.choice))
+        if held is not None and held.stream.attempt <= stream.attempt:
+            self._drop(held)
+
+    def revoke_all(self) -> None:
+        """Drop all streams without a word."""
+        for sequence in list(self._sequences.values()):
+            self._drop(sequence)
+        self._pending = StepResult()
+
+    def running(self) -> tuple[StreamId, ...]:
+        """All streams on hand, waiting ones included."""
+        return tuple(sequence.stream for sequence in self._sequences.values())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._sequences or self._pending.finishes)
+
+    # ------------------------------------------------------------------------------------------------------ steps
+
+    @property
+    def steps(self) -> int:
+        """Steps computed since the start."""
+        return self._steps
+
+    def step(self, now: float) -> StepResult:
+        """Compute one step; returns at once if there is nothing to do."""
+        result, self._pending = self._pending, StepResult()
+        for sequence in self._scheduler.expired(now):
+            self._refuse(sequence, _too_late(sequence), result)
+        plan = self._scheduler.schedule()
+        if not plan.chunks:
+            assert not self._sequences, "sequences wait, but none can run"
+            return result
+        prompt_tokens = sum(
+            max(0, min(count, sequence.num_prompt - sequence.num_computed)) for sequence, count in plan.chunks
+        )
+        choices = self._runner.run(plan)
+        self._scheduler.commit(plan)
+        self._steps += 1
+        self._prompt_tokens += prompt_tokens
+        for choice in choices:
+            self._take(choice, result)
+        return result
+
+    def warm_up(self) -> None:
+        """Compute a small prompt and a token after it, so that the first request finds everything in place."""
+        assert not self.has_work, "warm up before taking streams on"
+        length = min(32, self.card.max_model_len - 2)
+        if length < 1:
+            return
+        counters = (self._generated_tokens, self._prompt_tokens, dataclasses.replace(self._scheduler.stats))
+        prompt = pack_tokens(index % self.card.vocab_size for index in range(length))
+        sampling = {"temperature": 0.0, "max_tokens": 2, "ignore_eos": True}
+        self.add(Assignment(request=b"warm-up", choice=0, attempt=0, prompt=prompt, sampling=sampling), 0.0)
+        while self.has_work:
+            self.step(0.0)
+        self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
+
+    def load_gauges(self) -> dict[str, int | float]:
+        """Figures for heartbeats and metrics."""
+        scheduler = self._scheduler
+        return {
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting,
+            "kv_blocks_total": scheduler.blocks.num_blocks,
+            "kv_blocks_free": scheduler.blocks.num_available,
+            "prefix_hits": scheduler.stats.prefix_hits,
+            "prefix_queries": scheduler.stats.prefix_queries,
+            "preemptions": scheduler.stats.preemptions,
+            "generated_tokens": self._generated_tokens,
+            "prompt_tokens": self._prompt_tokens,
+        }
+
+    def validate(self) -> None:
+        """Assert the invariants."""
+        self._scheduler.validate()
+        held = [id(sequence) for sequence in self._sequences.values()]
+        assert sorted(held) == sorted(map(id, self._scheduler)), "engine and scheduler hold different sequences"
+
+    # ---------------------------------------------------------------------------------------------------- details
+
+    def _sequence(self, assignment: Assignment, now: float) -> Sequence:
+        sampling = SamplingParams.from_wire(assignment.sampling)
+        prompt, output = unpack_tokens(assignment.prompt), unpack_tokens(assignment.output)
+        self._check_ids(prompt, output, sampling)
+        eos = () if sampling.ignore_eos else self.card.eos_token_ids
+        vocab = self.card.vocab_size
+        return Sequence(
+            StreamId(assignment.request, assignment.choice, assignment.attempt),
+            prompt,
+            sampling,
+            max_tokens=self._scheduler.resolve_max_tokens(len(prompt), sampling.max_tokens),
+            output=output,
+            stop_ids=tuple(dict.fromkeys(id for id in (*eos, *sampling.stop_token_ids) if id < vocab)),
+            seed=_seed(assignment.request) if sampling.seed is None else sampling.seed,
+            deadline=None if assignment.budget_ms is None else now + assignment.budget_ms / 1000,
+        )
+
+    def _check_ids(self, prompt: array[int], output: array[int], sampling: SamplingParams) -> None:
+        vocab = self.card.vocab_size
+        if not prompt:
+            raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
+        for name, ids in (
+            ("prompt", prompt),
+            ("output", output),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", sampling.logit_bias),
+        ):
+            if (largest := max(ids, default=0)) >= vocab:
+                raise InvalidRequestError(
+                    f"{name} holds token id {largest}, but {self.card.name} has ids 0 to {vocab - 1}; "
+                    "use the tokenizer that its card names.",
+                    param=name,
+                )
+
+    def _take(self, choice: Choice, result: StepResult) -> None:
+        sequence = choice.sequence
+        if choice.token is None:
+            self._refuse(sequence, _not_numbers(sequence), result)
+            return
+        before = sequence.num_output
+        reason = sequence.append(choice.token)
+        if sequence.num_output > before:
+            self._generated_tokens += 1
+            logprobs = None if choice.logprobs is None else [choice.logprobs]
+            result.runs.append(TokenRun(*sequence.stream, before, pack_tokens((choice.token,)), logprobs))
+        if reason is not None:
+            result.finishes.append(_finish(sequence, reason))
+            self._drop(sequence)
+
+    def _refuse(self, sequence: Sequence, error: HeadraceError, result: StepResult) -> None:
+        result.refusals.append(Refusal(*sequence.stream, error.to_wire()))
+        self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.stream.request, sequence.stream.choice]
+        self._scheduler.remove(sequence)
+
+
+def _finish(sequence: Sequence, reason: str) -> Finish:
+    return Finish(*sequence.stream, reason, sequence.num_output, max(0, sequence.num_cached))
+
+
+def _seed(request: bytes) -> int:
+    """The seed of a request that brought none: the same on every rank and in every attempt."""
+    return int.from_bytes(hashlib.blake2b(request, digest_size=8).digest(), "little")
+
+
+def _too_late(sequence: Sequence) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        f"The time allowed was over after {sequence.num_output} of at most {sequence.max_tokens} tokens; "
+        "give more time or ask for fewer tokens.",
+        request_id=sequence.stream.request.hex(),
+    )
+
+
+def _not_numbers(sequence: Sequence) -> InternalError:
+    return InternalError(
+        f"The model's logits after {sequence.num_output} tokens hold NaN or infinity, so no token could be chosen; "
+        "other requests go on. If it happens again, the weights are damaged or the dtype is too narrow: try float32.",
+        request_id=sequence.stream.request.hex(),
+    )
+
+
+def _max_model_len(card: ModelCard, config: EngineConfig) -> int:
+    if config.max_model_len is None:
+        return card.max_model_len
+    if config.max_model_len > card.max_model_len:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but {card.name} was made for {card.max_model_len} tokens; "
+            "lower it or leave it out.",
+            param="max_model_len",
+        )
+    return config.max_model_len
+
+
+def _num_blocks(model: Model, config: EngineConfig, max_model_len: int) -> int:
+    if config.kv_tokens is not None:
+        return config.kv_tokens // config.block_size
+    dtype = next(model.parameters()).dtype
+    return default_kv_blocks(
+        bytes_per_block=KVCache.bytes_per_block(model.spec, config.block_size, dtype),
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+    )

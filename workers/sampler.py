@@ -1,0 +1,202 @@
+"""Sampling settings of the running sequences, kept in rows, and the choice of their next tokens.
+
+Values that stay (temperature, seed, ...) are written once when a sequence gets its row; what changes with every token
+(position, counts of penalties) is added per step. A batch of plain greedy rows needs none of it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.kernels.ops.sampling import Bias, Logprobs, Penalties, SamplingRows, sample
+from headrace.workers.sequence import Sequence
+
+__all__ = ["Choice", "Sampler"]
+
+_NO_IDS = np.empty(0, dtype=np.int64)
+
+
+class Choice(NamedTuple):
+    """A sequence's next token; None if its logits were not numbers. `logprobs` as in `TokenRun`, for one token."""
+
+    sequence: Sequence
+    token: int | None
+    logprobs: list[Any] | None
+
+
+class _Counts:
+    """Distinct tokens that the penalties of one sequence see, with their occurrences in the output."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self._index: dict[int, int] = {}
+        self._seen = sequence.num_prompt
+        self.tokens: array[int] = array("q")
+        self.counts: array[float] = array("f")
+        if sequence.sampling.repetition_penalty != 1.0:
+            for token in sequence.tokens[: sequence.num_prompt]:
+                self._add(token, 0.0)
+
+    def update(self, sequence: Sequence) -> None:
+        """Count the tokens that came since the last call."""
+        for token in sequence.tokens[self._seen :]:
+            self._add(token, 1.0)
+        self._seen = sequence.num_tokens
+
+    def _add(self, token: int, count: float) -> None:
+        index = self._index.setdefault(token, len(self.tokens))
+        if index == len(self.tokens):
+            self.tokens.append(token)
+            self.counts.append(count)
+        else:
+            self.counts[index] += count
+
+
+@dataclass(slots=True)
+class _Row:
+    """What does not fit an array: the ragged settings of one row."""
+
+    sequence: Sequence
+    bias_tokens: np.ndarray
+    bias_values: np.ndarray
+    counts: _Counts | None
+
+
+class Sampler:
+    """Settings by row; `choose` turns logits into tokens."""
+
+    def __init__(self, *, num_rows: int, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._rows: list[_Row | None] = [None] * num_rows
+        self._plain = np.zeros(num_rows, dtype=bool)
+        self._temperature = np.zeros(num_rows, dtype=np.float32)
+        self._top_k = np.zeros(num_rows, dtype=np.int64)
+        self._top_p = np.ones(num_rows, dtype=np.float32)
+        self._min_p = np.zeros(num_rows, dtype=np.float32)
+        self._seeds = np.zeros(num_rows, dtype=np.uint64)
+        self._choices = np.zeros(num_rows, dtype=np.int64)
+        self._penalties = np.zeros((3, num_rows), dtype=np.float32)  # repetition, presence, frequency
+        self._logprobs = np.full(num_rows, -1, dtype=np.int64)
+
+    def choose(self, logits: Tensor, sequences: Items[Sequence]) -> list[Choice]:
+        """The next token of each sequence, whose logits are the rows of `logits`."""
+        rows = self._settings(sequences)
+        sampled = sample(logits, rows)
+        tokens: list[int] = sampled.tokens.tolist()
+        logprobs: list[list[Any] | None] = [None] * len(tokens)
+        if rows is not None and rows.logprob_rows is not None and sampled.logprobs is not None:
+            wanted = [sequence.sampling.logprobs for sequence in sequences]
+            for row, entry in zip(rows.logprob_rows.tolist(), _unpack(sampled.logprobs), strict=True):
+                logprobs[row] = [entry[0], entry[1][: wanted[row]]]
+        return [
+            Choice(sequence, None if token < 0 else token, entry)
+            for sequence, token, entry in zip(sequences, tokens, logprobs, strict=True)
+        ]
+
+    def _settings(self, sequences: Items[Sequence]) -> SamplingRows | None:
+        """The settings of the rows at hand, or None if all are plain greedy ones."""
+        states = [self._state(sequence) for sequence in sequences]
+        rows = np.array([sequence.row for sequence in sequences])
+        if self._plain[rows].all():
+            return None
+        temperature, top_k, top_p = self._temperature[rows], self._top_k[rows], self._top_p[rows]
+        drawn = np.flatnonzero(temperature > 0)
+        logprobs = self._logprobs[rows]
+        with_logprobs = np.flatnonzero(logprobs >= 0)
+        return SamplingRows(
+            temperature=self._tensor(temperature),
+            top_k=self._tensor(top_k),
+            top_p=self._tensor(top_p),
+            min_p=self._tensor(self._min_p[rows]),
+            seeds=self._tensor(self._seeds[rows].view(np.int64)),
+            choices=self._tensor(self._choices[rows]),
+            positions=self._tensor(np.array([sequence.num_output for sequence in sequences], dtype=np.int64)),
+            drawn=self._tensor(drawn) if len(drawn) else None,
+            max_top_k=int(top_k[drawn].max(initial=0)),
+            any_top_p=bool((top_p[drawn] < 1.0).any()),
+            bias=self._bias(states),
+            penalties=self._seen(states, rows),
+            logprob_rows=self._tensor(with_logprobs) if len(with_logprobs) else None,
+            num_logprobs=int(logprobs.max(initial=0)),
+        )
+
+    def _state(self, sequence: Sequence) -> _Row:
+        state = self._rows[sequence.row]
+        if state is None or state.sequence is not sequence:
+            state = self._rows[sequence.row] = self._bind(sequence)
+        return state
+
+    def _bind(self, sequence: Sequence) -> _Row:
+        row, params = sequence.row, sequence.sampling
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        penalized = penalties != (1.0, 0.0, 0.0)
+        self._temperature[row] = params.temperature
+        self._top_k[row] = params.top_k
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._seeds[row] = sequence.seed
+        self._choices[row] = sequence.stream.choice
+        self._penalties[:, row] = penalties
+        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        edited = penalized or bool(params.logit_bias) or params.min_tokens > 0
+        self._plain[row] = params.greedy and not edited and params.logprobs is None
+        return _Row(
+            sequence=sequence,
+            bias_tokens=np.array(list(params.logit_bias), dtype=np.int64),
+            bias_values=np.array(list(params.logit_bias.values()), dtype=np.float32),
+            counts=_Counts(sequence) if penalized else None,
+        )
+
+    def _bias(self, states: list[_Row]) -> Bias | None:
+        """logit_bias, and -inf for tokens that would end a sequence before its min_tokens."""
+        tokens, values = [], []
+        for state in states:
+            held_back = _NO_IDS
+            if state.sequence.num_output < state.sequence.sampling.min_tokens:
+                held_back = np.array(state.sequence.stop_ids, dtype=np.int64)
+            tokens.append(np.concatenate((state.bias_tokens, held_back)))
+            values.append(np.concatenate((state.bias_values, np.full(len(held_back), -np.inf, dtype=np.float32))))
+        lens = [len(part) for part in tokens]
+        if not any(lens):
+            return None
+        return Bias(
+            rows=self._tensor(np.repeat(np.arange(len(states)), lens)),
+            tokens=self._tensor(np.concatenate(tokens)),
+            values=self._tensor(np.concatenate(values)),
+        )
+
+    def _seen(self, states: list[_Row], rows: np.ndarray) -> Penalties | None:
+        lens = []
+        tokens, counts = array("q"), array("f")
+        for state in states:
+            if state.counts is not None:
+                state.counts.update(state.sequence)
+                tokens += state.counts.tokens
+                counts += state.counts.counts
+            lens.append(0 if state.counts is None else len(state.counts.tokens))
+        if not tokens:
+            return None
+        repetition, presence, frequency = self._penalties[:, rows]
+        return Penalties(
+            rows=self._tensor(np.repeat(np.arange(len(states)), lens)),
+            tokens=self._tensor(np.array(tokens, dtype=np.int64)),
+            counts=self._tensor(np.array(counts, dtype=np.float32)),
+            repetition=self._tensor(repetition),
+            presence=self._tensor(presence),
+            frequency=self._tensor(frequency),
+        )
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def _unpack(logprobs: Logprobs) -> list[list[Any]]:
+    """Per row `[logprob, [[token, logprob], ...]]`."""
+    tops = zip(logprobs.chosen.tolist(), logprobs.top_tokens.tolist(), logprobs.top.tolist(), strict=True)
+    return [[chosen, [list(pair) for pair in zip(ids, values, strict=True)]] for chosen, ids, values in tops]

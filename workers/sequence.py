@@ -1,0 +1,111 @@
+"""One stream inside the engine: its tokens, how far their KV is computed, and when it ends."""
+
+from __future__ import annotations
+
+from array import array
+
+from headrace.messages import StreamId
+from headrace.sampling import SamplingParams
+from headrace.workers.prefix_cache import block_digest
+
+__all__ = ["Sequence"]
+
+
+class Sequence:
+    """Tokens of a stream (prompt, then output) and its place in the engine.
+
+    The stop token that ends a stream is not part of it: it is neither kept here nor sent, and not counted.
+
+    Attributes:
+        stream: names it on the wire.
+        tokens: prompt, then output; `num_prompt` says where the output begins.
+        max_tokens: the output's length at most, with what earlier attempts generated.
+        stop_ids: tokens that end it; held back until `sampling.min_tokens` were generated.
+        deadline: time after which it is refused, or None.
+        arrival: order of arrival; the older comes first everywhere.
+        num_computed: tokens whose KV is in the cache.
+        num_cached: prompt tokens found in the prefix cache when it was first admitted.
+        blocks: its KV blocks, in order of position.
+        row: its row in the runner's tables while it runs, else -1.
+    """
+
+    __slots__ = (
+        "_digests",
+        "arrival",
+        "blocks",
+        "deadline",
+        "max_tokens",
+        "num_cached",
+        "num_computed",
+        "num_prompt",
+        "row",
+        "sampling",
+        "seed",
+        "stop_ids",
+        "stream",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        stream: StreamId,
+        prompt: array[int],
+        sampling: SamplingParams,
+        *,
+        max_tokens: int,
+        output: array[int] | None = None,
+        stop_ids: tuple[int, ...] = (),
+        seed: int = 0,
+        deadline: float | None = None,
+    ) -> None:
+        self.stream = stream
+        self.tokens = prompt + output if output else prompt[:]
+        self.num_prompt = len(prompt)
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.stop_ids = stop_ids
+        self.seed = seed
+        self.deadline = deadline
+        self.arrival = -1
+        self.num_computed = 0
+        self.num_cached = -1
+        self.blocks: list[int] = []
+        self.row = -1
+        self._digests: list[bytes] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.stream.request.hex()[:8]}/{self.stream.choice}, prompt={self.num_prompt}, "
+            f"output={self.num_output}/{self.max_tokens}, computed={self.num_computed}, blocks={len(self.blocks)})"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far, earlier attempts included; also the absolute index of the next one."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens still to be computed before the next one can be sampled; 1 is a decode."""
+        return len(self.tokens) - self.num_computed
+
+    def append(self, token: int) -> str | None:
+        """Take the next token; returns why the stream ends here ("stop" or "length"), or None."""
+        if token in self.stop_ids and self.num_output >= self.sampling.min_tokens:
+            return "stop"
+        self.tokens.append(token)
+        return "length" if self.num_output >= self.max_tokens else None
+
+    def digests(self, count: int, block_size: int, root: bytes) -> list[bytes]:
+        """Chained digests of the first `count` blocks; each is computed once."""
+        for index in range(len(self._digests), count):
+            parent = self._digests[-1] if self._digests else root
+            tokens = self.tokens[index * block_size : (index + 1) * block_size]
+            assert len(tokens) == block_size, "only full blocks have a digest"
+            self._digests.append(block_digest(parent, tokens.tobytes()))
+        return self._digests[:count]
