@@ -1,0 +1,99 @@
+"""Whether a request can be served at all: checked before it costs anything. Pure; the queue's bounds are elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+
+from headrace.broker.groups import Model
+from headrace.broker.requests import TOKEN_BYTES
+from headrace.errors import ContextLengthError, InvalidRequestError, ModelChangedError
+from headrace.messages import Request, unpack_tokens
+from headrace.sampling import SamplingParams
+
+__all__ = ["check", "check_id", "digest", "quarantine_key"]
+
+
+def check_id(id: bytes) -> None:
+    """Refuse ids that are not 16 bytes.
+
+    Raises:
+        InvalidRequestError: it has another length.
+    """
+    if len(id) != 16:
+        raise InvalidRequestError(f"id has {len(id)} bytes; give 16 random ones.", param="id")
+
+
+def digest(request: Request, model: str, sampling: SamplingParams) -> bytes:
+    """Hash of what makes two submissions the same request.
+
+    Seed and max_tokens are left out: a client that submits again after a restart fills in those it was told.
+    """
+    body = hashlib.sha256(f"{model}\0{sampling.n}\0".encode())
+    settings = {k: v for k, v in sampling.to_wire().items() if k not in ("seed", "max_tokens")}
+    body.update(repr(sorted(settings.items())).encode())
+    body.update(request.prompt)
+    return body.digest()
+
+
+def quarantine_key(digest: bytes, max_tokens: int) -> bytes:
+    """What a request that took groups down is remembered by: its content, whatever its id and seed."""
+    return digest + max_tokens.to_bytes(4, "little")
+
+
+def check(request: Request, model: Model) -> SamplingParams:
+    """The settings in force, max_tokens resolved.
+
+    Raises:
+        InvalidRequestError: a value is missing or out of range; `param` names the field.
+        ContextLengthError: prompt and output do not fit.
+        ModelChangedError: the tokens so far came from other weights.
+    """
+    card = model.card
+    sampling = SamplingParams.from_wire(request.sampling)
+    _check_tokens("prompt", request.prompt, card.vocab_size)
+    if not request.prompt:
+        raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
+    for token in sampling.logit_bias:
+        if token >= card.vocab_size:
+            wanted = f"ids below {card.vocab_size}"
+            raise InvalidRequestError(f"logit_bias names token {token}; this model has {wanted}.", param="logit_bias")
+    if request.output and len(request.output) != sampling.n:
+        raise InvalidRequestError(
+            f"output holds {len(request.output)} choices but n is {sampling.n}; give one entry per choice.",
+            param="output",
+        )
+    for output in request.output:
+        _check_tokens("output", output, card.vocab_size)
+    if not 0 <= request.attempt < 2**31:
+        raise InvalidRequestError(f"attempt is {request.attempt}; give a number from 0 to 2147483647.", param="attempt")
+    if any(request.output) and request.fingerprint and request.fingerprint != card.fingerprint:
+        raise ModelChangedError(
+            f"The model {card.name!r} was replaced while this stream was under way; start the request again."
+        )
+    return _resolve_length(request, model, sampling)
+
+
+def _check_tokens(name: str, packed: bytes, vocab_size: int) -> None:
+    if len(packed) % TOKEN_BYTES:
+        message = f"{name} has {len(packed)} bytes, which is no whole number of 4-byte token ids."
+        raise InvalidRequestError(message, param=name)
+    if packed and (top := max(unpack_tokens(packed))) >= vocab_size:
+        message = f"{name} holds token id {top}, but the model's ids end at {vocab_size - 1}; use its own tokenizer."
+        raise InvalidRequestError(message, param=name)
+
+
+def _resolve_length(request: Request, model: Model, sampling: SamplingParams) -> SamplingParams:
+    prompt, context = len(request.prompt) // TOKEN_BYTES, model.context
+    wanted = sampling.max_tokens
+    if prompt + (wanted or 1) > context:
+        asked = f" and max_tokens of {wanted:,}" if wanted else ""
+        raise ContextLengthError(
+            f"A prompt of {prompt:,} tokens{asked} does not fit the {context:,} tokens of {model.card.name!r}; "
+            "shorten the prompt or ask for fewer tokens.",
+            param="prompt" if prompt >= context else "max_tokens",
+        )
+    limit = wanted or context - prompt
+    held = max((len(output) // TOKEN_BYTES for output in request.output), default=0)
+    if held > limit:
+        raise InvalidRequestError(f"output holds {held} tokens, more than the {limit} asked for.", param="output")
+    return sampling.replace(max_tokens=limit)  # also checks min_tokens against it
