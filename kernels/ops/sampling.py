@@ -31,7 +31,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_NOISE", "Bias", "Logprobs", "Penalties", "Sampled", "SamplingRows", "gumbel_noise", "philox", "sample"]
+__all__ = [
+    "MAX_NOISE",
+    "Bias",
+    "Logprobs",
+    "Penalties",
+    "Sampled",
+    "SamplingRows",
+    "dense_noise",
+    "edit_logits",
+    "gumbel_noise",
+    "noise_of",
+    "philox",
+    "sample",
+]
 
 MAX_NOISE = -math.log(-math.log1p(-(2.0**-33))) + 1e-4  # rounding of fp32 included
 
@@ -103,7 +116,7 @@ def sample(logits: Tensor, rows: SamplingRows | None = None) -> Sampled:
     if rows is None:
         tokens, largest = _argmax(logits)
         return Sampled(tokens=torch.where(largest.isfinite(), tokens, -1), logprobs=None)
-    edited = _edit(logits, rows)
+    edited = edit_logits(logits, rows)
     tokens, largest = _argmax(edited)
     good = largest.isfinite()
     if rows.drawn is not None:
@@ -131,13 +144,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 def gumbel_noise(seeds: Tensor, choices: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Noise [R, n] of `tokens` [R, n]; the rest is [R]."""
     words = _words(seeds, choices, positions, tokens >> 2)
-    return _to_noise(words.gather(-1, (tokens & 3)[..., None])[..., 0])
+    return noise_of(words.gather(-1, (tokens & 3)[..., None])[..., 0])
 
 
-def _dense_noise(seeds: Tensor, choices: Tensor, positions: Tensor, vocab: int) -> Tensor:
+def dense_noise(seeds: Tensor, choices: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """Noise [R, vocab] of all tokens, at a quarter of the cost per token."""
     lanes = torch.arange(-(-vocab // 4), device=seeds.device).expand(len(seeds), -1)
-    return _to_noise(_words(seeds, choices, positions, lanes).flatten(1)[:, :vocab])
+    return noise_of(_words(seeds, choices, positions, lanes).flatten(1)[:, :vocab])
 
 
 def _words(seeds: Tensor, choices: Tensor, positions: Tensor, lanes: Tensor) -> Tensor:
@@ -146,7 +159,8 @@ def _words(seeds: Tensor, choices: Tensor, positions: Tensor, lanes: Tensor) -> 
     return torch.stack(philox(counter, key), -1)
 
 
-def _to_noise(words: Tensor) -> Tensor:
+def noise_of(words: Tensor) -> Tensor:
+    """Gumbel noise from random words."""
     u = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
     return u.neg_().log1p_().neg_().log_().neg_()
 
@@ -154,7 +168,7 @@ def _to_noise(words: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ logits and maxima
 
 
-def _edit(logits: Tensor, rows: SamplingRows) -> Tensor:
+def edit_logits(logits: Tensor, rows: SamplingRows) -> Tensor:
     """Step 1, on a copy if there is anything to do."""
     if rows.bias is None and rows.penalties is None:
         return logits
@@ -256,7 +270,7 @@ def _draw_alone(z: Tensor, keep: float, best: float, rows: SamplingRows, row: Te
     if 4 * len(allowed) < len(z):
         score = z[allowed] + gumbel_noise(*of_row, allowed[None])[0]
         return allowed[score.argmax()]
-    return (z + _dense_noise(*of_row, len(z))[0]).masked_fill_(z < keep, -math.inf).argmax()
+    return (z + dense_noise(*of_row, len(z))[0]).masked_fill_(z < keep, -math.inf).argmax()
 
 
 def _threshold(z: Tensor, values: Tensor, rows: SamplingRows, picked: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,182 @@
+"""Runs the gateway: checks its settings, takes the port, serves until it is told to stop, then finishes what runs."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from headrace.addresses import is_loopback
+from headrace.errors import AddressError
+from headrace.gateway.app import create_app
+from headrace.gateway.settings import GatewaySettings
+
+__all__ = ["GatewayServer", "serve"]
+
+log = logging.getLogger("headrace.gateway")
+
+
+def serve(
+    endpoint: str | None = None,
+    settings: GatewaySettings | None = None,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        endpoint: of the broker; None for the usual one.
+        settings: of the gateway.
+        on_ready: called with the page's URL once requests are taken.
+
+    Raises:
+        AddressError: the port is in use, or the address would expose the gateway without a key.
+    """
+    GatewayServer(endpoint, settings, on_ready=on_ready).run()
+
+
+class GatewayServer:
+    """A gateway with its port taken already, so that `url` is known and errors come before anything runs.
+
+    Args:
+        endpoint: of the broker; None for the usual one.
+        settings: of the gateway.
+        client: makes the client of the broker; another one can be put in for tests.
+        on_ready: called with the page's URL once requests are taken.
+
+    Raises:
+        AddressError: the port is in use, or the address would expose the gateway without a key.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        settings: GatewaySettings | None = None,
+        *,
+        client: Callable[[], Any] | None = None,
+        on_ready: Callable[[str], None] | None = None,
+    ) -> None:
+        self.settings = settings or GatewaySettings()
+        self._make_client = client or (lambda: _client(endpoint))
+        self._on_ready = on_ready
+        self._server: _Server | None = None
+        self._stopping = threading.Event()
+        self._socket = _listen(self.settings)
+        self.port: int = self._socket.getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        host = self.settings.host
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host  # noqa: S104
+        return f"http://{shown}:{self.port}/"
+
+    def run(self) -> None:
+        """Serve until `stop` is called, or a signal comes if this is the main thread."""
+        try:
+            asyncio.run(self._main())
+        except KeyboardInterrupt:
+            log.info("stopped")
+        finally:
+            self._socket.close()
+
+    def stop(self) -> None:
+        """Stop taking requests, finish those in work, then let `run` return; from any thread."""
+        self._stopping.set()
+        if self._server is not None:
+            self._server.should_exit = True
+
+    async def _main(self) -> None:
+        client = self._make_client()
+        try:
+            app = create_app(client, self.settings)
+            config = uvicorn.Config(
+                app,
+                http="h11",  # httptools takes headers of any size into memory
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                # Headers up to our own limit get our own answer; beyond twice of it the parser gives up.
+                h11_max_incomplete_event_size=2 * self.settings.max_headers,
+                limit_concurrency=4 * self.settings.max_requests,
+                timeout_graceful_shutdown=self.settings.drain_timeout,
+                timeout_keep_alive=30,
+            )
+            self._server = _Server(config, started=self._started, draining=app.state.gateway)
+            self._server.should_exit = self._stopping.is_set()
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            await client.close()
+
+    def _started(self) -> None:
+        if self._on_ready is not None:
+            self._on_ready(self.url)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, telling when it listens and when it begins to drain."""
+
+    def __init__(self, config: uvicorn.Config, *, started: Callable[[], None], draining: Any) -> None:
+        super().__init__(config)
+        self._on_started = started
+        self._gateway = draining
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain."""
+        self._gateway.draining = True
+        await super().shutdown(sockets)
+
+
+def _client(endpoint: str | None) -> Any:
+    from headrace.client import AsyncClient
+
+    return AsyncClient(endpoint)
+
+
+def _listen(settings: GatewaySettings) -> socket.socket:
+    host, port = settings.host, settings.port
+    if not 0 <= port <= 65535:
+        raise AddressError(f"Port {port} does not exist; give --port a number from 1 to 65535.", param="port")
+    if not is_loopback(host) and not settings.api_keys:
+        raise AddressError(
+            f"Listening on {host} would let anyone who can reach this machine use the gateway. Give --api-key, or stay "
+            "on 127.0.0.1 and reach it through an SSH tunnel.",
+            param="host",
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressError(
+                f"Port {port} on {host} is in use by another program. Stop that one, or choose another port with "
+                "--port (0 takes a free one).",
+                param="port",
+            ) from error
+        if error.errno == errno.EACCES:
+            raise AddressError(
+                f"Port {port} is not open to ordinary users; choose one from 1024 with --port.", param="port"
+            ) from error
+        raise AddressError(
+            f"The gateway cannot listen on {host}:{port}: {error.strerror or error}. Check --host and --port.",
+            param="host",
+        ) from error
+    return listener

@@ -1,0 +1,1 @@
+"""Operations of a model, each a PyTorch reference and a Triton kernel under one signature."""
