@@ -66,6 +66,7 @@ class BatchBuilder:
             query_lens=tuple(lens),
             context_lens_host=contexts,
             logits_rows=self._tensor(np.array(logits_rows, dtype=np.int64)),
+            block_size=self._block_size,
         )
 
     def _show_blocks(self, row: int, blocks: list[int]) -> None:

@@ -101,11 +101,13 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
     ) -> Engine:
         """The engine of a model folder; `progress` is told bytes done and bytes in all."""
+        from headrace.workers.checkpoint import Checkpoint
         from headrace.workers.describe import describe
         from headrace.workers.loader import load_model
 
-        card, blobs = describe(folder, name=name, dtype=config.dtype, max_model_len=config.max_model_len)
-        model = load_model(folder, dtype=config.dtype, progress=progress)
+        checkpoint = Checkpoint(folder)
+        card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
+        model = load_model(checkpoint, dtype=config.dtype, progress=progress)
         return cls(model, card, config, blobs=blobs)
 
     # ---------------------------------------------------------------------------------------------------- streams
@@ -178,7 +180,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compute a small prompt and a token after it, so that the first request finds everything in place."""
-        assert not self.has_work, "warm up before taking streams on"
+        assert not self._sequences, "warm up before taking streams on"
         length = min(32, self.card.max_model_len - 2)
         if length < 1:
             return

@@ -1,0 +1,59 @@
+"""The one block, driven by a LayerSpec: norms, attention over the cache, feed-forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from headrace.kernels.batch import Batch
+from headrace.kernels.ops.activation import gated
+from headrace.kernels.ops.attention import paged_attention
+from headrace.kernels.ops.norm import add_rms_norm
+from headrace.kernels.ops.rotary import rotate_and_cache
+from headrace.kernels.spec import LayerSpec, NormSpec
+
+__all__ = ["Block", "Norm"]
+
+
+class Norm(nn.Module):
+    """A normalization that also adds the residual."""
+
+    def __init__(self, spec: NormSpec, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = spec.eps
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The normalized sum and the sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"{len(self.weight)}, eps={self.eps}"
+
+
+class Block(nn.Module):
+    """One layer. Projections that read the same input are stacked into one matrix."""
+
+    def __init__(self, spec: LayerSpec, hidden_size: int) -> None:
+        super().__init__()
+        attention, mlp = spec.attention, spec.mlp
+        self.spec = spec
+        self.attention_norm = Norm(spec.norm, hidden_size)
+        self.qkv = nn.Linear(hidden_size, attention.qkv_size, bias=attention.qkv_bias)
+        self.out = nn.Linear(attention.num_heads * attention.head_dim, hidden_size, bias=attention.out_bias)
+        self.mlp_norm = Norm(spec.norm, hidden_size)
+        self.gate_up = nn.Linear(hidden_size, 2 * mlp.size, bias=mlp.bias)
+        self.down = nn.Linear(mlp.size, hidden_size, bias=mlp.bias)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: tuple[Tensor, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """What the next block takes: this block's last addend [T, hidden] and the residual it belongs to."""
+        spec = self.spec.attention
+        keys, values = cache
+        x, residual = self.attention_norm(x, residual)
+        q_thd = rotate_and_cache(self.qkv(x), cos_sin, batch.slots, keys, values, num_heads=spec.num_heads)
+        x = self.out(paged_attention(q_thd, keys, values, batch, scale=spec.scale))
+        x, residual = self.mlp_norm(x, residual)
+        return self.down(gated(self.gate_up(x), self.spec.mlp.activation)), residual

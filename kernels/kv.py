@@ -1,0 +1,39 @@
+"""The memory of keys and values: one tensor for all layers, cut into slots of one token. Who uses which slot is decided
+elsewhere (`headrace.workers.blocks`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.spec import ModelSpec
+
+__all__ = ["KVCache"]
+
+
+class KVCache:
+    """Keys and values of `num_blocks` blocks, and one more block that stays zero.
+
+    A batch of contexts of different length is read as if all were as long as the longest; what is missing is read from
+    the blank block. Masked values still enter sums as 0 * value, and there stale ones would do harm if they are NaN.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        attention = spec.layer.attention
+        shape = (spec.num_layers, 2, (num_blocks + 1) * block_size, attention.num_kv_heads, attention.head_dim)
+        # Zeroed memory comes page by page as it is touched: an unused cache costs nothing on a CPU.
+        self._tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [slots, kv heads, head dim]; the last slots are the blank block."""
+        keys, values = self._tensor[index]
+        return keys, values
+
+    @staticmethod
+    def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+        """Memory that one block takes over all layers."""
+        attention = spec.layer.attention
+        return 2 * spec.num_layers * block_size * attention.num_kv_heads * attention.head_dim * dtype.itemsize

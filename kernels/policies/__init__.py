@@ -1,0 +1,32 @@
+"""The families we know, a file each, and how to find the one of a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+
+from headrace.errors import UnsupportedModelError
+from headrace.kernels.policies.base import Policy
+from headrace.kernels.policies.llama import LLAMA
+from headrace.kernels.policies.qwen2 import QWEN2
+
+__all__ = ["POLICIES", "find_policy"]
+
+POLICIES = (LLAMA, QWEN2)
+
+
+def find_policy(architecture: str) -> Policy:
+    """The policy of a Hugging Face class name.
+
+    Raises:
+        UnsupportedModelError: there is none; names the nearest.
+    """
+    by_name = {name: policy for policy in POLICIES for name in policy.architectures}
+    if architecture in by_name:
+        return by_name[architecture]
+    near = difflib.get_close_matches(architecture, by_name, n=1, cutoff=0.0)[0]
+    supported = ", ".join(sorted(by_name))
+    raise UnsupportedModelError(
+        f"The architecture {architecture!r} is not supported; the nearest supported one is {near}. "
+        f"Supported: {supported}.",
+        param="model",
+    )

@@ -1,0 +1,158 @@
+"""A model folder as transformers writes it: config, weights in safetensors, text files. Reads headers, checks, finds.
+
+It loads no weights (`headrace.workers.loader` does) and fetches nothing (`headrace.workers.models` does).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from headrace.errors import ConfigError, ModelFilesError, ModelNotFoundError
+from headrace.kernels.policies import find_policy
+from headrace.kernels.policies.base import Policy
+
+__all__ = ["DTYPES", "Checkpoint"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class Checkpoint:
+    """A folder with a model.
+
+    Attributes:
+        folder: where it is.
+        config: config.json as transformers understands it.
+        architecture: Hugging Face class name.
+        policy: of its family.
+        files: the safetensors files.
+
+    Raises:
+        ModelNotFoundError: there is no such folder.
+        ModelFilesError: files are missing or damaged; names them.
+        UnsupportedModelError: its family is not covered.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise ModelNotFoundError(f"There is no folder {str(folder)!r}; check the path.", param="model")
+        raw = self.read_json("config.json", required=True)
+        self.architecture = next(iter(raw.get("architectures") or ()), "")
+        if not self.architecture:
+            raise ModelFilesError(
+                f"{folder / 'config.json'} names no architecture, so nobody can tell what model it is; "
+                'add for example "architectures": ["LlamaForCausalLM"].',
+                param="model",
+            )
+        self.policy: Policy = find_policy(self.architecture)
+        self.config = self._load_config()
+        self.files = self._find_files()
+
+    def read_json(self, name: str, *, required: bool = False) -> dict[str, Any]:
+        """A JSON object of the folder; empty if the file is missing and not required.
+
+        Raises:
+            ModelFilesError: it is required and missing, or is no JSON object.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            if not required:
+                return {}
+            raise ModelFilesError(
+                f"{str(self.folder)!r} has no {name}, so it is no model folder; give the folder that "
+                "save_pretrained wrote or a download put there.",
+                param="model",
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise ModelFilesError(
+                f"{str(path)!r} cannot be read: {error}. Fetch the model again.", param="model"
+            ) from None
+        if not isinstance(content, dict):
+            raise ModelFilesError(f"{str(path)!r} is no JSON object. Fetch the model again.", param="model")
+        return content
+
+    def dtype(self, wanted: str) -> torch.dtype:
+        """The dtype that a setting means for this model; "auto" is the checkpoint's own.
+
+        Raises:
+            ConfigError: there is no such dtype.
+        """
+        if wanted in DTYPES:
+            return DTYPES[wanted]
+        if wanted != "auto":
+            raise ConfigError(f"dtype is {wanted!r}; give auto, {', '.join(DTYPES)}.", param="dtype")
+        own = self.config.dtype
+        return own if own in DTYPES.values() else torch.float32
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Path]:
+        """The file of each tensor; opening them all also finds damaged ones before anything is loaded."""
+        found: dict[str, Path] = {}
+        for path in self.files:
+            with self.open(path) as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        return found
+
+    @staticmethod
+    def open(path: Path) -> Any:
+        """A safetensors file for reading, as a context manager.
+
+        Raises:
+            ModelFilesError: it is damaged.
+        """
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelFilesError(
+                f"The weights file {str(path)!r} ({path.stat().st_size:,} bytes) is damaged: {error}. "
+                "Its download was probably cut off; fetch it again.",
+                param="model",
+            ) from None
+
+    def _load_config(self) -> Any:
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds for a bad config
+            raise ModelFilesError(
+                f"{str(self.folder / 'config.json')!r} cannot be used: {error}.", param="model"
+            ) from error
+
+    def _find_files(self) -> list[Path]:
+        if (self.folder / _INDEX).is_file():
+            weight_map = self.read_json(_INDEX).get("weight_map")
+            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+            if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise ModelFilesError(
+                    f"{str(self.folder / _INDEX)!r} lists no weights. Fetch the model again.", param="model"
+                )
+            if missing := [name for name in names if not (self.folder / name).is_file()]:
+                raise ModelFilesError(
+                    f"{str(self.folder)!r} lacks {', '.join(missing)} of its {len(names)} weights files. "
+                    "Fetch the model again.",
+                    param="model",
+                )
+            return [self.folder / name for name in names]
+        single = self.folder / _SINGLE
+        if single.is_file():
+            return [single]
+        others = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern)]
+        hint = (
+            f"it has {', '.join(sorted(others)[:3])}, but such files can run code when they are read; "
+            "convert them with transformers' save_pretrained"
+            if others
+            else "copy them there, or fetch the model again"
+        )
+        raise ModelFilesError(f"{str(self.folder)!r} has no weights ({_SINGLE} or {_INDEX}): {hint}.", param="model")

@@ -1,0 +1,118 @@
+"""Fills a model with the weights of a checkpoint, tensor by tensor, each copied once to where it stays.
+
+Files are mapped, not read: besides the model itself no more than one tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.errors import ModelFilesError
+from headrace.kernels.model import Model
+from headrace.workers.checkpoint import Checkpoint
+
+__all__ = ["load_model"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+def load_model(
+    folder: Path | Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Model:
+    """The model of a folder, ready to run.
+
+    Args:
+        folder: the model folder, or one that was opened already.
+        dtype: float32, bfloat16, float16, or auto for the checkpoint's own.
+        device: where the weights go.
+        progress: is told bytes done and bytes in all.
+
+    Raises:
+        ModelError: files are missing, damaged or do not fit each other, or the family is not covered.
+    """
+    checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
+    spec = checkpoint.policy.spec(checkpoint.config)
+    model = Model(spec, dtype=checkpoint.dtype(dtype), device=device)
+    sources = dict(checkpoint.policy.sources(spec))
+    parameters = dict(model.named_parameters())
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    done = 0
+    with _Reader(checkpoint) as reader:
+        for name, parameter in parameters.items():
+            reader.fill(parameter, sources[name])
+            done += parameter.nbytes
+            if progress is not None:
+                progress(done, total)
+    _report_unused(checkpoint, {name for parameter in parameters for name in sources[parameter]})
+    return model
+
+
+def _report_unused(checkpoint: Checkpoint, used: set[str]) -> None:
+    """Say what the checkpoint holds beyond the model; old ones hold tables that can be computed, and a tied head."""
+    unused = [
+        name
+        for name in checkpoint.tensors
+        if name not in used and not name.endswith((".rotary_emb.inv_freq", "lm_head.weight"))
+    ]
+    if unused:
+        shown = ", ".join(unused[:5])
+        logger.warning("%d tensors of the checkpoint are not part of the model: %s", len(unused), shown)
+
+
+class _Reader(contextlib.ExitStack):
+    """The checkpoint's files, opened when first needed."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self._checkpoint = checkpoint
+        self._open: dict[Path, Any] = {}
+
+    def fill(self, parameter: Tensor, names: tuple[str, ...]) -> None:
+        """Copy tensors into a parameter, one below the other.
+
+        Raises:
+            ModelFilesError: one is missing, or they do not add up to the parameter's shape.
+        """
+        start = 0
+        for name in names:
+            tensor = self._tensor(name)
+            stop = start + len(tensor) if tensor.ndim else start
+            if tensor.shape[1:] != parameter.shape[1:] or tensor.ndim != parameter.ndim or stop > len(parameter):
+                raise self._wrong_shape(name, tensor, parameter)
+            parameter[start:stop].copy_(tensor)
+            start = stop
+        if start != len(parameter):
+            raise self._wrong_shape(" + ".join(names), tensor, parameter)
+
+    def _tensor(self, name: str) -> Tensor:
+        path = self._checkpoint.tensors.get(name)
+        if path is None:
+            raise ModelFilesError(
+                f"{str(self._checkpoint.folder)!r} lacks the tensor {name!r} of a {self._checkpoint.architecture}: "
+                "weights and config.json do not belong together. Fetch the model again.",
+                param="model",
+            )
+        if path not in self._open:
+            self._open[path] = self.enter_context(self._checkpoint.open(path))
+        tensor: Tensor = self._open[path].get_tensor(name)
+        return tensor
+
+    def _wrong_shape(self, name: str, tensor: Tensor, parameter: Tensor) -> ModelFilesError:
+        return ModelFilesError(
+            f"The tensor {name} in {str(self._checkpoint.folder)!r} has shape {list(tensor.shape)}, which does not fit "
+            f"the {list(parameter.shape)} that config.json asks for. Fetch the model again.",
+            param="model",
+        )
