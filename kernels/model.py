@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from headrace.kernels.batch import Batch
-from headrace.kernels.block import Block, Norm
+from headrace.kernels.block import Block, Linear, Norm
 from headrace.kernels.kv import KVCache
 from headrace.kernels.ops.rotary import rotary_table
 from headrace.kernels.spec import ModelSpec
@@ -26,8 +25,11 @@ class Model(nn.Module):
             self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
             self.blocks = nn.ModuleList([Block(spec.layer, spec.hidden_size) for _ in range(spec.num_layers)])
             self.final_norm = Norm(spec.final_norm, spec.hidden_size)
-            self.head = None if spec.tied_head else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+            self.head = Linear(spec.hidden_size, spec.vocab_size)
         self.to(dtype).to_empty(device=device).requires_grad_(False)
+        if spec.tied_head:
+            assert isinstance(self.embedding.weight, nn.Parameter)
+            self.head.weight = self.embedding.weight
         self._rotary = self._table(min(spec.max_positions, _FIRST_POSITIONS), torch.device(device))
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -42,7 +44,17 @@ class Model(nn.Module):
         if len(rows) < len(x):
             x, residual = x[rows], residual[rows]
         x, _ = self.final_norm(x, residual)
-        return linear(x, self.embedding.weight if self.head is None else self.head.weight)
+        logits: Tensor = self.head(x)
+        return logits
+
+    def pack(self) -> None:
+        """Bring all weights into the layout that their device multiplies fastest, once they are filled in.
+
+        A head that is the embedding may become a copy of it: of a packed matrix no row can be looked up.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
 
     def _positions(self, batch: Batch) -> Tensor:
         """Cosines and sines of the batch's positions [T, 2, pairs]; the table grows with the longest context so far."""

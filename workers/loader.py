@@ -56,6 +56,7 @@ def load_model(
             done += parameter.nbytes
             if progress is not None:
                 progress(done, total)
+    model.pack()
     _report_unused(checkpoint, {name for parameter in parameters for name in sources[parameter]})
     return model
 

@@ -248,21 +248,15 @@ def test_a_context_longer_than_the_models_is_refused(one):
 
 def test_logits_that_are_no_numbers_cost_only_their_own_stream(one):
     engine = load(one[1])
-    weight = engine._runner.model.embedding.weight
-    weight[77] = math.nan  # tied to the head: every logit row has one bad entry
-    poisoned, healthy = assign([77, 5], request=1), assign([5, 6], request=2, max_tokens=6)
-    weight[77] = 0.0
-    expected = run(engine, [healthy])[0].tokens
-    weight[77] = math.nan
-    outcomes = run(engine, [poisoned])
-    assert isinstance(outcomes[0].error, InternalError)
-    weight[77] = 0.0
-    # Its blocks held NaN; whoever gets them next must not see it.
+    healthy = [assign([5, 6], request=2, max_tokens=6), assign(texts(40)[0], request=3)]
+    expected = [outcome.tokens for outcome in run(engine, healthy)]
+    engine._runner.model.embedding.weight[77] = math.nan
+    outcomes = run(engine, [*healthy, assign([77, 5], request=1)])
+    assert [outcome.tokens for outcome in outcomes[:2]] == expected
+    assert isinstance(outcomes[2].error, InternalError)
+    # Its block held NaN; whoever gets it next must not see it.
     for _ in range(3):
-        assert (
-            run(engine, [assign([5, 6], request=2, max_tokens=6), assign(texts(40)[0], request=3)])[0].tokens
-            == expected
-        )
+        assert [outcome.tokens for outcome in run(engine, healthy)] == expected
 
 
 # ------------------------------------------------------------------------------------------------------- all of it
