@@ -1,0 +1,63 @@
+"""What a person reads when `headrace up` cannot start: one message with the cause and what to do, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+from tests.support.tiny_models import save_model
+from tests.support.up import Up
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def refusal(*arguments: str, **options) -> str:
+    """What is printed by a start that fails."""
+    with Up(*arguments, "--once", "--prompt", "hi", **options) as up:
+        assert up.wait() == 2, up.output
+        assert "Traceback" not in up.output
+        return up.output
+
+
+def test_once_ends_with_the_answer(folder):
+    with Up(str(folder), "--once", "--prompt", "hello") as up:
+        assert up.wait() == 0, up.output
+        assert "tok/s" in up.output
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "has no weights" in refusal(str(folder))
+
+
+def test_a_damaged_shard(tmp_path):
+    save_model(tmp_path, shards=True)
+    victim = sorted(tmp_path.glob("*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:-7])
+    assert victim.name in refusal(str(tmp_path))
+
+
+def test_an_unsupported_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen9ForCausalLM"]}))
+    output = refusal(str(folder))
+    assert "Qwen9ForCausalLM" in output
+    assert "Qwen2ForCausalLM" in output
+
+
+def test_more_context_than_the_model_has(folder):
+    assert "was made for 512 tokens" in refusal(str(folder), "--max-model-len", "513")
+
+
+def test_a_port_in_use(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"Port {port}" in refusal(str(folder), port=port)
