@@ -12,7 +12,7 @@ __all__ = ["KVCache"]
 
 
 class KVCache:
-    """Keys and values of `num_blocks` blocks, and one more block that stays zero.
+    """Keys and values of `num_blocks` blocks, and one more block that is zero. Memory is taken when first written.
 
     A batch of contexts of different length is read as if all were as long as the longest; what is missing is read from
     the blank block. Masked values still enter sums as 0 * value, and there stale ones would do harm if they are NaN.
@@ -23,8 +23,8 @@ class KVCache:
     ) -> None:
         attention = spec.layer.attention
         shape = (spec.num_layers, 2, (num_blocks + 1) * block_size, attention.num_kv_heads, attention.head_dim)
-        # Zeroed memory comes page by page as it is touched: an unused cache costs nothing on a CPU.
-        self._tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self._tensor = torch.empty(shape, dtype=dtype, device=device)
+        self._tensor[:, :, -block_size:] = 0
         self.block_size = block_size
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
