@@ -1,4 +1,8 @@
-"""The one block, driven by a LayerSpec: norms, attention over the cache, feed-forward."""
+"""The one block, driven by a LayerSpec: norms, attention over the cache, feed-forward.
+
+Between blocks travel two tensors, the last addend and the residual it belongs to, so that the addition can be done by
+the norm that reads the sum; after a norm that ends a block there is no residual.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from headrace.kernels.batch import Batch
-from headrace.kernels.ops.activation import gated
+from headrace.kernels.linear import Linear
+from headrace.kernels.mlp import make_mlp
 from headrace.kernels.ops.attention import paged_attention
-from headrace.kernels.ops.linear import linear, pack_weight
-from headrace.kernels.ops.norm import add_rms_norm
+from headrace.kernels.ops.norm import add_norm
 from headrace.kernels.ops.rotary import rotate_and_cache
 from headrace.kernels.spec import LayerSpec, NormSpec
 
-__all__ = ["Block", "Linear", "Norm"]
-
-
-class Linear(nn.Module):
-    """A projection. Its weight is filled in row by row, then packed."""
-
-    def __init__(self, in_size: int, out_size: int, *, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_size, in_size))
-        self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The product [T, out] of x [T, in]."""
-        return linear(x, self.weight, self.bias)
-
-    def pack(self) -> None:
-        """Bring the weight into the layout that its device multiplies fastest; nothing can be read from it then."""
-        packed = pack_weight(self.weight)
-        if packed is not self.weight:
-            self.weight = nn.Parameter(packed, requires_grad=False)
-
-    def extra_repr(self) -> str:
-        """For `print(model)`."""
-        out_size, in_size = self.weight.shape
-        return f"{in_size}, {out_size}, bias={self.bias is not None}"
+__all__ = ["Block", "Norm"]
 
 
 class Norm(nn.Module):
@@ -45,16 +25,17 @@ class Norm(nn.Module):
 
     def __init__(self, spec: NormSpec, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = spec.eps
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(size)) if spec.affine else None
+        self.bias = nn.Parameter(torch.empty(size)) if spec.affine and spec.kind == "layer" else None
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The normalized sum and the sum."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return add_norm(x, residual, self.weight, self.bias, self.spec)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
-        return f"{len(self.weight)}, eps={self.eps}"
+        return f"{self.spec.kind}, eps={self.spec.eps}"
 
 
 class Block(nn.Module):
@@ -62,23 +43,59 @@ class Block(nn.Module):
 
     def __init__(self, spec: LayerSpec, hidden_size: int) -> None:
         super().__init__()
-        attention, mlp = spec.attention, spec.mlp
+        attention = spec.attention
         self.spec = spec
         self.attention_norm = Norm(spec.norm, hidden_size)
+        self.mlp_norm = None if spec.shared_norm else Norm(spec.norm, hidden_size)
+        self.after_attention = Norm(spec.norm, hidden_size) if spec.placement == "sandwich" else None
+        self.after_mlp = Norm(spec.norm, hidden_size) if spec.placement == "sandwich" else None
         self.qkv = Linear(hidden_size, attention.qkv_size, bias=attention.qkv_bias)
+        self.q_norm = Norm(attention.qk_norm, attention.head_dim) if attention.qk_norm else None
+        self.k_norm = Norm(attention.qk_norm, attention.head_dim) if attention.qk_norm else None
         self.out = Linear(attention.num_heads * attention.head_dim, hidden_size, bias=attention.out_bias)
-        self.mlp_norm = Norm(spec.norm, hidden_size)
-        self.gate_up = Linear(hidden_size, 2 * mlp.size, bias=mlp.bias)
-        self.down = Linear(mlp.size, hidden_size, bias=mlp.bias)
+        self.mlp = make_mlp(spec.mlp, hidden_size)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: tuple[Tensor, Tensor], batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """What the next block takes: this block's last addend [T, hidden] and the residual it belongs to."""
-        spec = self.spec.attention
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor | None, cache: tuple[Tensor, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """The addend [T, hidden] and the residual that the next block takes."""
+        if self.spec.placement == "post":
+            x, _ = self.attention_norm(self._attend(x, cos_sin, cache, batch), x)
+            assert self.mlp_norm is not None
+            x, _ = self.mlp_norm(self.mlp(x), x)
+            return x, None
+        normed, residual = self.attention_norm(x, residual)
+        attended = self._attend(normed, cos_sin, cache, batch)
+        if self.spec.placement == "parallel":
+            if self.mlp_norm is not None:
+                normed, _ = self.mlp_norm(residual)
+            return attended + self.mlp(normed), residual
+        if self.spec.residual_from_norm:
+            residual = normed
+        if self.after_attention is not None:
+            attended, _ = self.after_attention(attended)
+        assert self.mlp_norm is not None
+        normed, residual = self.mlp_norm(attended, residual)
+        if self.spec.residual_from_norm:
+            residual = normed
+        out = self.mlp(normed)
+        if self.after_mlp is not None:
+            out, _ = self.after_mlp(out)
+        return out, residual
+
+    def _attend(self, x: Tensor, cos_sin: Tensor | None, cache: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         keys, values = cache
-        x, residual = self.attention_norm(x, residual)
-        q_thd = rotate_and_cache(self.qkv(x), cos_sin, batch.slots, keys, values, num_heads=spec.num_heads)
-        x = self.out(paged_attention(q_thd, keys, values, batch, scale=spec.scale))
-        x, residual = self.mlp_norm(x, residual)
-        return self.down(gated(self.gate_up(x), self.spec.mlp.activation)), residual
+        spec, rotary = self.spec.attention, self.spec.rotary
+        q_thd = rotate_and_cache(
+            self.qkv(x),
+            batch.slots,
+            keys,
+            values,
+            spec,
+            cos_sin=cos_sin,
+            interleaved=rotary is not None and rotary.interleaved,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+        )
+        out: Tensor = self.out(paged_attention(q_thd, keys, values, batch, spec))
+        return out

@@ -21,8 +21,8 @@ class KVCache:
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        attention = spec.layer.attention
-        shape = (spec.num_layers, 2, (num_blocks + 1) * block_size, attention.num_kv_heads, attention.head_dim)
+        attention = spec.layers[0].attention
+        shape = (len(spec.layers), 2, (num_blocks + 1) * block_size, attention.num_kv_heads, attention.head_dim)
         self._tensor = torch.empty(shape, dtype=dtype, device=device)
         self._tensor[:, :, -block_size:] = 0
         self.block_size = block_size
@@ -35,5 +35,5 @@ class KVCache:
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
         """Memory that one block takes over all layers."""
-        attention = spec.layer.attention
-        return 2 * spec.num_layers * block_size * attention.num_kv_heads * attention.head_dim * dtype.itemsize
+        attention = spec.layers[0].attention
+        return 2 * len(spec.layers) * block_size * attention.num_kv_heads * attention.head_dim * dtype.itemsize

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from headrace.kernels.batch import Batch
-from headrace.kernels.block import Block, Linear, Norm
+from headrace.kernels.block import Block, Norm
 from headrace.kernels.kv import KVCache
+from headrace.kernels.linear import Linear
 from headrace.kernels.ops.rotary import rotary_table
-from headrace.kernels.spec import ModelSpec
+from headrace.kernels.spec import ModelSpec, RotarySpec
 
 __all__ = ["Model"]
+
+_FIRST_POSITIONS = 8192  # a table for a million positions would be half a gigabyte
 
 
 class Model(nn.Module):
@@ -22,29 +25,46 @@ class Model(nn.Module):
         self.spec = spec
         # On the meta device nothing is allocated or initialized: every weight is about to be read from a file.
         with torch.device("meta"):
-            self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
-            self.blocks = nn.ModuleList([Block(spec.layer, spec.hidden_size) for _ in range(spec.num_layers)])
-            self.final_norm = Norm(spec.final_norm, spec.hidden_size)
-            self.head = Linear(spec.hidden_size, spec.vocab_size)
+            self._build(spec)
         self.to(dtype).to_empty(device=device).requires_grad_(False)
-        if spec.tied_head:
+        if spec.head.tied:
             assert isinstance(self.embedding.weight, nn.Parameter)
             self.head.weight = self.embedding.weight
-        self._rotary = self._table(min(spec.max_positions, _FIRST_POSITIONS), torch.device(device))
+        # As narrow as the weights, like the product it goes into.
+        self._embedding_scale = float(torch.tensor(spec.embedding.scale, dtype=dtype))
+        self._tables: dict[RotarySpec, Tensor] = {}
+
+    def _build(self, spec: ModelSpec) -> None:
+        hidden, embedding = spec.hidden_size, spec.embedding
+        projected = embedding.size != hidden
+        self.embedding = nn.Embedding(spec.vocab_size, embedding.size)
+        self.embedding_in = Linear(embedding.size, hidden) if projected else None
+        self.positions = nn.Embedding(embedding.positions.count, hidden) if embedding.positions else None
+        self.embedding_norm = Norm(embedding.norm, hidden) if embedding.norm else None
+        self.blocks = nn.ModuleList([Block(layer, hidden) for layer in spec.layers])
+        self.final_norm = Norm(spec.final_norm, hidden) if spec.final_norm else None
+        self.embedding_out = Linear(hidden, embedding.size) if projected else None
+        self.head = Linear(embedding.size, spec.vocab_size, bias=spec.head.bias)
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Logits [N, vocab] of the tokens that the batch wants them for; all keys and values go to the cache."""
-        x = self.embedding(batch.token_ids)
+        x = self._embed(batch)
         residual: Tensor | None = None
-        cos_sin = self._positions(batch)
         for index, block in enumerate(self.blocks):
+            cos_sin = self._cos_sin(self.spec.layers[index].rotary, batch)
             x, residual = block(x, residual, cos_sin, cache.layer(index), batch)
-        assert residual is not None, "a model has at least one block"
         rows = batch.logits_rows
         if len(rows) < len(x):
-            x, residual = x[rows], residual[rows]
-        x, _ = self.final_norm(x, residual)
+            x, residual = x[rows], None if residual is None else residual[rows]
+        if self.final_norm is not None:
+            x, _ = self.final_norm(x, residual)
+        elif residual is not None:
+            x = residual + x
+        if self.embedding_out is not None:
+            x = self.embedding_out(x)
         logits: Tensor = self.head(x)
+        if (cap := self.spec.head.soft_cap) is not None:
+            logits = torch.tanh(logits / cap) * cap
         return logits
 
     def pack(self) -> None:
@@ -56,16 +76,31 @@ class Model(nn.Module):
             if isinstance(module, Linear):
                 module.pack()
 
-    def _positions(self, batch: Batch) -> Tensor:
-        """Cosines and sines of the batch's positions [T, 2, pairs]; the table grows with the longest context so far."""
+    def _embed(self, batch: Batch) -> Tensor:
+        spec = self.spec.embedding
+        x: Tensor = self.embedding(batch.token_ids)
+        if spec.scale != 1.0:
+            x = x * self._embedding_scale
+        if self.embedding_in is not None:
+            x = self.embedding_in(x)
+        if self.positions is not None:
+            assert spec.positions is not None
+            x = x + self.positions(batch.positions + spec.positions.offset)
+        if self.embedding_norm is not None:
+            x, _ = self.embedding_norm(x)
+        return x
+
+    def _cos_sin(self, rotary: RotarySpec | None, batch: Batch) -> Tensor | None:
+        """Cosines and sines of the batch's positions [T, 2, pairs], the same for all layers that rotate alike."""
+        if rotary is None:
+            return None
+        return batch.shared(rotary, lambda: self._rotary_table(rotary, batch)[batch.positions])
+
+    def _rotary_table(self, rotary: RotarySpec, batch: Batch) -> Tensor:
+        """Cosines and sines of all positions up to the longest context so far, and then some."""
         longest = max(batch.context_lens_host)
-        if longest > len(self._rotary):
-            self._rotary = self._table(min(self.spec.max_positions, 2 * longest), self._rotary.device)
-        return self._rotary[batch.positions]
-
-    def _table(self, num_positions: int, device: torch.device) -> Tensor:
-        rotary = self.spec.layer.rotary
-        return rotary_table(rotary.inverse_frequencies, num_positions, rotary.attention_factor, device)
-
-
-_FIRST_POSITIONS = 8192  # a table for a million positions would be half a gigabyte
+        table = self._tables.get(rotary)
+        if table is None or longest > len(table):
+            size = min(self.spec.max_positions, max(_FIRST_POSITIONS, 2 * longest))
+            table = self._tables[rotary] = rotary_table(rotary, size, batch.positions.device)
+        return table

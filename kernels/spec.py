@@ -8,34 +8,93 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Activation", "AttentionSpec", "LayerSpec", "MLPSpec", "ModelSpec", "NormSpec", "RotarySpec"]
+__all__ = [
+    "Activation",
+    "Alibi",
+    "AttentionSpec",
+    "EmbeddingSpec",
+    "ExpertsSpec",
+    "HeadSpec",
+    "LayerSpec",
+    "LearnedPositions",
+    "MLPSpec",
+    "ModelSpec",
+    "NormSpec",
+    "Placement",
+    "RotarySpec",
+]
 
-Activation = Literal["silu"]
+# gelu is the exact one with erf; gelu_tanh its approximation (Hendrycks and Gimpel, 2016). They are not the same.
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
+
+# Where the norms are:
+#   pre       x + attention(norm(x)), then x + mlp(norm(x))
+#   sandwich  as pre, with another norm behind attention and mlp each
+#   post      norm(x + attention(x)), then norm(x + mlp(x))
+#   parallel  x + attention(norm(x)) + mlp(norm(x))
+Placement = Literal["pre", "sandwich", "post", "parallel"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormSpec:
-    """Root-mean-square normalization (Zhang and Sennrich, 2019) with a learned scale."""
+    """A normalization over the last dimension.
 
+    Attributes:
+        kind: rms is root-mean-square (Zhang and Sennrich, 2019), layer subtracts the mean first (Ba et al., 2016).
+        eps: added to the variance.
+        unit_offset: the stored scale is what is added to 1.
+        affine: whether there are a scale and, for layer, a shift.
+    """
+
+    kind: Literal["rms", "layer"]
     eps: float
+    unit_offset: bool = False
+    affine: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotarySpec:
-    """Rotary positions (Su et al., 2021): value i of a head turns with value i + n, n being the number of frequencies.
+    """Rotary positions (Su et al., 2021) on the first 2 * n values of a head, n being the number of frequencies.
 
     Attributes:
         inverse_frequencies: radians per position of each pair, scaling for long contexts included.
         attention_factor: multiplies sine and cosine; other than 1 for YaRN.
+        interleaved: pairs are neighbours (0, 1), (2, 3), ...; otherwise value i belongs to value i + n.
     """
 
     inverse_frequencies: tuple[float, ...]
     attention_factor: float = 1.0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alibi:
+    """Scores fall with distance (Press et al., 2021): slope * position of the key is added after the scaling.
+
+    Attributes:
+        slopes: of each head.
+        rounded: the products are rounded to bfloat16, as in the training of those that say so.
+        scale: multiplies the products.
+    """
+
+    slopes: tuple[float, ...]
+    rounded: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """Causal attention of `num_heads` query heads that share `num_kv_heads` heads of keys and values."""
+    """Causal attention of `num_heads` query heads that share `num_kv_heads` heads of keys and values.
+
+    Attributes:
+        scale: multiplies the scores.
+        qkv_bias: whether the stacked projection has a bias.
+        out_bias: whether the output projection has one.
+        window: tokens that a token sees, itself included; None for all before it.
+        soft_cap: scores become cap * tanh(score / cap).
+        alibi: adds to scores by distance.
+        qk_norm: normalizes each head of queries and keys before they are rotated.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -43,6 +102,10 @@ class AttentionSpec:
     scale: float
     qkv_bias: bool = False
     out_bias: bool = False
+    window: int | None = None
+    soft_cap: float | None = None
+    alibi: Alibi | None = None
+    qk_norm: NormSpec | None = None
 
     @property
     def qkv_size(self) -> int:
@@ -51,38 +114,93 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsSpec:
+    """A feed-forward part of `count` experts, of which each token asks the likeliest `per_token` (Mixtral)."""
+
+    count: int
+    per_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MLPSpec:
-    """Gated feed-forward part: down(activation(gate(x)) * up(x)); gate and up are one stacked projection."""
+    """Feed-forward part: down(activation(up(x))), or gated down(activation(gate(x)) * up(x)) with both stacked."""
 
     size: int
     activation: Activation
+    gated: bool = False
     bias: bool = False
+    experts: ExpertsSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """One block: norm, attention, residual, norm, feed-forward, residual."""
+    """One block.
 
+    Attributes:
+        placement: where the norms are.
+        norm: what all of them are.
+        shared_norm: in a parallel block both parts read the same norm.
+        residual_from_norm: what is carried past attention and feed-forward is the norm's output, not its input.
+    """
+
+    placement: Placement
     norm: NormSpec
     attention: AttentionSpec
-    rotary: RotarySpec
     mlp: MLPSpec
+    rotary: RotarySpec | None = None
+    shared_norm: bool = False
+    residual_from_norm: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedPositions:
+    """A learned vector per position; row `position + offset` of a table of `count` rows."""
+
+    count: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingSpec:
+    """What is done with a token before the first block.
+
+    Attributes:
+        size: values of the embedding; other than the hidden size, there is a projection to it and one back.
+        scale: multiplies the embedding.
+        positions: learned positions that are added.
+        norm: applied last.
+    """
+
+    size: int
+    scale: float = 1.0
+    positions: LearnedPositions | None = None
+    norm: NormSpec | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSpec:
+    """From the last hidden state to logits; a `tied` head is the embedding matrix, `soft_cap` as in attention."""
+
+    tied: bool
+    bias: bool = False
+    soft_cap: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A decoder: token embedding, equal layers, final norm, head.
+    """A decoder.
 
     Attributes:
         hidden_size: values per token between the layers.
+        layers: the blocks; they may differ in anything but the sizes of keys and values.
+        final_norm: after the last block, if there is one.
         max_positions: tokens that the positions were made for.
-        tied_head: the head is the embedding matrix.
     """
 
     vocab_size: int
     hidden_size: int
-    num_layers: int
-    layer: LayerSpec
-    final_norm: NormSpec
+    layers: tuple[LayerSpec, ...]
+    embedding: EmbeddingSpec
+    final_norm: NormSpec | None
+    head: HeadSpec
     max_positions: int
-    tied_head: bool

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from headrace.errors import ModelFilesError
 from headrace.kernels.model import Model
+from headrace.kernels.policies.base import Source
+from headrace.kernels.spec import ModelSpec
 from headrace.workers.checkpoint import Checkpoint
 
 __all__ = ["load_model"]
@@ -50,62 +52,73 @@ def load_model(
     parameters = dict(model.named_parameters())
     total = sum(parameter.nbytes for parameter in parameters.values())
     done = 0
-    with _Reader(checkpoint) as reader:
+    with _Reader(checkpoint, spec) as reader:
         for name, parameter in parameters.items():
             reader.fill(parameter, sources[name])
             done += parameter.nbytes
             if progress is not None:
                 progress(done, total)
+        reader.report_unused()
     model.pack()
-    _report_unused(checkpoint, {name for parameter in parameters for name in sources[parameter]})
     return model
-
-
-def _report_unused(checkpoint: Checkpoint, used: set[str]) -> None:
-    """Say what the checkpoint holds beyond the model; old ones hold tables that can be computed, and a tied head."""
-    unused = [
-        name
-        for name in checkpoint.tensors
-        if name not in used and not name.endswith((".rotary_emb.inv_freq", "lm_head.weight"))
-    ]
-    if unused:
-        shown = ", ".join(unused[:5])
-        logger.warning("%d tensors of the checkpoint are not part of the model: %s", len(unused), shown)
 
 
 class _Reader(contextlib.ExitStack):
     """The checkpoint's files, opened when first needed."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
         super().__init__()
         self._checkpoint = checkpoint
+        self._spec = spec
         self._open: dict[Path, Any] = {}
+        self._used: set[str] = set()
 
-    def fill(self, parameter: Tensor, names: tuple[str, ...]) -> None:
+    def fill(self, parameter: Tensor, source: Source) -> None:
         """Copy tensors into a parameter, one below the other.
 
         Raises:
             ModelFilesError: one is missing, or they do not add up to the parameter's shape.
         """
         start = 0
-        for name in names:
+        for wanted in source.tensors:
+            name = self._find(wanted)
             tensor = self._tensor(name)
-            stop = start + len(tensor) if tensor.ndim else start
-            if tensor.shape[1:] != parameter.shape[1:] or tensor.ndim != parameter.ndim or stop > len(parameter):
-                raise self._wrong_shape(name, tensor, parameter)
-            parameter[start:stop].copy_(tensor)
+            try:
+                rows = tensor if source.layout is None else source.layout(tensor, self._spec)
+                stop = start + len(rows)
+                if rows.shape[1:] != parameter.shape[1:] or stop > len(parameter):
+                    raise ValueError
+            except (RuntimeError, TypeError, ValueError):
+                raise self._wrong_shape(name, tensor, parameter) from None
+            parameter[start:stop].copy_(rows)
             start = stop
         if start != len(parameter):
-            raise self._wrong_shape(" + ".join(names), tensor, parameter)
+            raise self._wrong_shape(" + ".join(source.tensors), tensor, parameter)
+
+    def report_unused(self) -> None:
+        """Say what the checkpoint holds beyond the model, but for tables that can be computed and a tied head."""
+        known = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias", ".attention.bias", "lm_head.weight")
+        unused = [name for name in self._checkpoint.tensors if name not in self._used and not name.endswith(known)]
+        if unused:
+            shown = ", ".join(unused[:5])
+            logger.warning("%d tensors of the checkpoint are not part of the model: %s", len(unused), shown)
+
+    def _find(self, wanted: str) -> str:
+        """The name by which the checkpoint has a tensor."""
+        prefix = self._checkpoint.policy.prefix
+        for name in wanted.split("|"):
+            for spelled in (name, name.removeprefix(prefix)):
+                if spelled in self._checkpoint.tensors:
+                    self._used.add(spelled)
+                    return spelled
+        raise ModelFilesError(
+            f"{str(self._checkpoint.folder)!r} lacks the tensor {wanted!r} of a {self._checkpoint.architecture}: "
+            "weights and config.json do not belong together. Fetch the model again.",
+            param="model",
+        )
 
     def _tensor(self, name: str) -> Tensor:
-        path = self._checkpoint.tensors.get(name)
-        if path is None:
-            raise ModelFilesError(
-                f"{str(self._checkpoint.folder)!r} lacks the tensor {name!r} of a {self._checkpoint.architecture}: "
-                "weights and config.json do not belong together. Fetch the model again.",
-                param="model",
-            )
+        path = self._checkpoint.tensors[name]
         if path not in self._open:
             self._open[path] = self.enter_context(self._checkpoint.open(path))
         tensor: Tensor = self._open[path].get_tensor(name)

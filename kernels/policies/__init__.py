@@ -1,4 +1,4 @@
-"""The families we know, a file each, and how to find the one of a checkpoint."""
+"""The families we know, and how to find the one of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,12 +6,31 @@ import difflib
 
 from headrace.errors import UnsupportedModelError
 from headrace.kernels.policies.base import Policy
-from headrace.kernels.policies.llama import LLAMA
-from headrace.kernels.policies.qwen2 import QWEN2
+from headrace.kernels.policies.bloom import BLOOM
+from headrace.kernels.policies.falcon import FALCON
+from headrace.kernels.policies.gemma import GEMMA2, GEMMA3
+from headrace.kernels.policies.gpt import GPT2, GPT_NEOX, GPTJ
+from headrace.kernels.policies.llama import LLAMA, MISTRAL, MIXTRAL, PHI3, QWEN2, QWEN3
+from headrace.kernels.policies.opt import OPT
 
 __all__ = ["POLICIES", "find_policy"]
 
-POLICIES = (LLAMA, QWEN2)
+POLICIES = (
+    BLOOM,
+    FALCON,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPTJ,
+    GPT_NEOX,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    OPT,
+    PHI3,
+    QWEN2,
+    QWEN3,
+)
 
 
 def find_policy(architecture: str) -> Policy:

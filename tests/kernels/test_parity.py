@@ -52,7 +52,8 @@ def test_float32_logits_are_those_of_transformers(pair):
         scale = float(wanted.abs().max())
         torch.testing.assert_close(at_once, wanted, rtol=0, atol=1e-4 * scale)
         torch.testing.assert_close(torch.cat(chunked), wanted, rtol=0, atol=1e-4 * scale)
-        assert len(wanted.argmax(-1).unique()) > len(text) // 4, "the model says the same whatever it is told"
+        if len(text) > 1:
+            assert wanted.std(0).mean() > 0.05 * scale, "the model says the same whatever it is told"
 
 
 @torch.inference_mode()
