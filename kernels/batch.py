@@ -32,6 +32,7 @@ class Batch:
         context_lens_host: `context_lens` as numbers.
         logits_rows: [N] int64, the tokens whose logits are wanted.
         block_size: tokens of one block.
+        token_types: [T] int64, segment of each token, for models that tell segments apart; None means all 0.
     """
 
     token_ids: Tensor
@@ -45,6 +46,7 @@ class Batch:
     context_lens_host: tuple[int, ...]
     logits_rows: Tensor
     block_size: int
+    token_types: Tensor | None = None
     _shared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def shared(self, key: Any, make: Callable[[], V]) -> V:

@@ -13,6 +13,7 @@ from headrace.kernels.batch import Batch
 from headrace.kernels.linear import Linear
 from headrace.kernels.mlp import make_mlp
 from headrace.kernels.ops.attention import paged_attention
+from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.norm import add_norm
 from headrace.kernels.ops.rotary import rotate_and_cache
 from headrace.kernels.spec import LayerSpec, NormSpec
@@ -56,9 +57,14 @@ class Block(nn.Module):
         self.mlp = make_mlp(spec.mlp, hidden_size)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor | None, cache: tuple[Tensor, Tensor], batch: Batch
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos_sin: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None,
+        batch: Batch,
     ) -> tuple[Tensor, Tensor | None]:
-        """The addend [T, hidden] and the residual that the next block takes."""
+        """The addend [T, hidden] and the residual that the next block takes; without a cache texts are whole."""
         if self.spec.placement == "post":
             x, _ = self.attention_norm(self._attend(x, cos_sin, cache, batch), x)
             assert self.mlp_norm is not None
@@ -83,9 +89,14 @@ class Block(nn.Module):
             out, _ = self.after_mlp(out)
         return out, residual
 
-    def _attend(self, x: Tensor, cos_sin: Tensor | None, cache: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        keys, values = cache
+    def _attend(self, x: Tensor, cos_sin: Tensor | None, cache: tuple[Tensor, Tensor] | None, batch: Batch) -> Tensor:
         spec, rotary = self.spec.attention, self.spec.rotary
+        out: Tensor
+        if not spec.causal:
+            out = self.out(full_attention(self.qkv(x), batch, spec))
+            return out
+        assert cache is not None, "causal attention reads what came before"
+        keys, values = cache
         q_thd = rotate_and_cache(
             self.qkv(x),
             batch.slots,
@@ -97,5 +108,5 @@ class Block(nn.Module):
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
         )
-        out: Tensor = self.out(paged_attention(q_thd, keys, values, batch, spec))
+        out = self.out(paged_attention(q_thd, keys, values, batch, spec))
         return out

@@ -9,6 +9,7 @@ from headrace.kernels.batch import Batch
 from headrace.kernels.block import Block, Norm
 from headrace.kernels.kv import KVCache
 from headrace.kernels.linear import Linear
+from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.rotary import rotary_table
 from headrace.kernels.spec import ModelSpec, RotarySpec
 
@@ -18,7 +19,7 @@ _FIRST_POSITIONS = 8192  # a table for a million positions would be half a gigab
 
 
 class Model(nn.Module):
-    """A decoder for ragged batches over a paged cache; built empty, its weights are filled in by a loader."""
+    """A decoder over a paged cache, or an encoder, for ragged batches; built empty, to be filled by a loader."""
 
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -27,7 +28,8 @@ class Model(nn.Module):
         with torch.device("meta"):
             self._build(spec)
         self.to(dtype).to_empty(device=device).requires_grad_(False)
-        if spec.head.tied:
+        if spec.head is not None and spec.head.tied:
+            assert self.head is not None
             assert isinstance(self.embedding.weight, nn.Parameter)
             self.head.weight = self.embedding.weight
         # As narrow as the weights, like the product it goes into.
@@ -40,32 +42,56 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(spec.vocab_size, embedding.size)
         self.embedding_in = Linear(embedding.size, hidden) if projected else None
         self.positions = nn.Embedding(embedding.positions.count, hidden) if embedding.positions else None
+        self.token_types = nn.Embedding(embedding.token_types, hidden) if embedding.token_types else None
         self.embedding_norm = Norm(embedding.norm, hidden) if embedding.norm else None
         self.blocks = nn.ModuleList([Block(layer, hidden) for layer in spec.layers])
         self.final_norm = Norm(spec.final_norm, hidden) if spec.final_norm else None
         self.embedding_out = Linear(hidden, embedding.size) if projected else None
-        self.head = Linear(embedding.size, spec.vocab_size, bias=spec.head.bias)
+        transform = spec.head.transform if spec.head else None
+        self.head_dense = Linear(hidden, hidden, bias=True) if transform else None
+        self.head_norm = Norm(transform.norm, hidden) if transform else None
+        self.head = Linear(embedding.size, spec.vocab_size, bias=spec.head.bias) if spec.head else None
+        self.pooler = Linear(hidden, hidden, bias=True) if spec.pooler else None
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache | None) -> Tensor:
         """Logits [N, vocab] of the tokens that the batch wants them for; all keys and values go to the cache."""
+        return self.logits(self.hidden(batch, cache, batch.logits_rows))
+
+    def hidden(self, batch: Batch, cache: KVCache | None, rows: Tensor | None = None) -> Tensor:
+        """The last hidden states [N, hidden] of the tokens `rows`, by default of all."""
         x = self._embed(batch)
         residual: Tensor | None = None
         for index, block in enumerate(self.blocks):
             cos_sin = self._cos_sin(self.spec.layers[index].rotary, batch)
-            x, residual = block(x, residual, cos_sin, cache.layer(index), batch)
-        rows = batch.logits_rows
-        if len(rows) < len(x):
+            x, residual = block(x, residual, cos_sin, None if cache is None else cache.layer(index), batch)
+        if rows is not None and len(rows) < len(x):
             x, residual = x[rows], None if residual is None else residual[rows]
         if self.final_norm is not None:
             x, _ = self.final_norm(x, residual)
         elif residual is not None:
             x = residual + x
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [N, vocab] of last hidden states [N, hidden]."""
+        spec = self.spec.head
+        assert spec is not None, "the model has no head"
+        assert self.head is not None
+        if spec.transform is not None:
+            assert self.head_dense is not None
+            assert self.head_norm is not None
+            x, _ = self.head_norm(activate(self.head_dense(x), spec.transform.activation, gated=False))
         if self.embedding_out is not None:
             x = self.embedding_out(x)
         logits: Tensor = self.head(x)
-        if (cap := self.spec.head.soft_cap) is not None:
-            logits = torch.tanh(logits / cap) * cap
+        if spec.soft_cap is not None:
+            logits = torch.tanh(logits / spec.soft_cap) * spec.soft_cap
         return logits
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the pooler makes of the first tokens' last hidden states [N, hidden]."""
+        assert self.pooler is not None, "the model has no pooler"
+        return torch.tanh(self.pooler(x))
 
     def pack(self) -> None:
         """Bring all weights into the layout that their device multiplies fastest, once they are filled in.
@@ -86,6 +112,9 @@ class Model(nn.Module):
         if self.positions is not None:
             assert spec.positions is not None
             x = x + self.positions(batch.positions + spec.positions.offset)
+        if self.token_types is not None:
+            types = torch.zeros_like(batch.token_ids) if batch.token_types is None else batch.token_types
+            x = x + self.token_types(types)
         if self.embedding_norm is not None:
             x, _ = self.embedding_norm(x)
         return x

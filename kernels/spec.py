@@ -15,6 +15,7 @@ __all__ = [
     "EmbeddingSpec",
     "ExpertsSpec",
     "HeadSpec",
+    "HeadTransform",
     "LayerSpec",
     "LearnedPositions",
     "MLPSpec",
@@ -84,9 +85,10 @@ class Alibi:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """Causal attention of `num_heads` query heads that share `num_kv_heads` heads of keys and values.
+    """Attention of `num_heads` query heads that share `num_kv_heads` heads of keys and values.
 
     Attributes:
+        causal: a token sees itself and those before it; otherwise all of its text, and there is no cache.
         scale: multiplies the scores.
         qkv_bias: whether the stacked projection has a bias.
         out_bias: whether the output projection has one.
@@ -100,6 +102,7 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     scale: float
+    causal: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
     window: int | None = None
@@ -168,32 +171,51 @@ class EmbeddingSpec:
         size: values of the embedding; other than the hidden size, there is a projection to it and one back.
         scale: multiplies the embedding.
         positions: learned positions that are added.
+        token_types: rows of a table of segments, whose vectors are added; 0 if there is none.
         norm: applied last.
     """
 
     size: int
     scale: float = 1.0
     positions: LearnedPositions | None = None
+    token_types: int = 0
     norm: NormSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTransform:
+    """What BERT does before its head: a projection, an activation, a norm."""
+
+    activation: Activation
+    norm: NormSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSpec:
-    """From the last hidden state to logits; a `tied` head is the embedding matrix, `soft_cap` as in attention."""
+    """From the last hidden state to logits.
+
+    Attributes:
+        tied: the matrix is that of the embedding.
+        soft_cap: as in attention.
+        transform: done before.
+    """
 
     tied: bool
     bias: bool = False
     soft_cap: float | None = None
+    transform: HeadTransform | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A decoder.
+    """A decoder, or an encoder if its attention is not causal.
 
     Attributes:
         hidden_size: values per token between the layers.
         layers: the blocks; they may differ in anything but the sizes of keys and values.
         final_norm: after the last block, if there is one.
+        head: None for an encoder that makes no logits.
+        pooler: whether the first token's state goes through a projection and tanh, for the meaning of the whole text.
         max_positions: tokens that the positions were made for.
     """
 
@@ -202,5 +224,11 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     embedding: EmbeddingSpec
     final_norm: NormSpec | None
-    head: HeadSpec
+    head: HeadSpec | None
     max_positions: int
+    pooler: bool = False
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether every token sees the whole text, so that nothing can be generated."""
+        return not self.layers[0].attention.causal

@@ -44,7 +44,7 @@ def describe(
         vocab_size=spec.vocab_size,
         max_model_len=spec.max_positions,
         dtype=torch_dtype,
-        num_parameters=_num_parameters(checkpoint, tied=spec.head.tied),
+        num_parameters=_num_parameters(checkpoint, tied=spec.head is not None and spec.head.tied),
         eos_token_ids=_end_ids(checkpoint, generation),
         blobs={file: hashlib.sha256(content).hexdigest() for file, content in blobs.items()},
         special_tokens=_special_tokens(tokenizer_config),

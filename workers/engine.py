@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.card import ModelCard
-from headrace.errors import ConfigError, DeadlineExceededError, HeadraceError, InternalError, InvalidRequestError
+from headrace.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    HeadraceError,
+    InternalError,
+    InvalidRequestError,
+    UnsupportedModelError,
+)
 from headrace.kernels.kv import KVCache
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, pack_tokens, unpack_tokens
 from headrace.sampling import SamplingParams
@@ -106,6 +113,12 @@ class Engine:
         from headrace.workers.loader import load_model
 
         checkpoint = Checkpoint(folder)
+        if checkpoint.policy.spec(checkpoint.config).is_encoder:
+            raise UnsupportedModelError(
+                f"{checkpoint.architecture} is an encoder: it reads texts and cannot generate them. Serve a model that "
+                "generates, such as a LlamaForCausalLM.",
+                param="model",
+            )
         card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
         model = load_model(checkpoint, dtype=config.dtype, progress=progress)
         return cls(model, card, config, blobs=blobs)

@@ -24,6 +24,8 @@ __all__ = ["load_model"]
 
 logger = logging.getLogger(__name__)
 
+_HEADS = ("lm_head.weight", "decoder.weight", "decoder.bias")  # stored once more, though they are the embedding
+
 Progress = Callable[[int, int], None]
 
 
@@ -97,7 +99,7 @@ class _Reader(contextlib.ExitStack):
 
     def report_unused(self) -> None:
         """Say what the checkpoint holds beyond the model, but for tables that can be computed and a tied head."""
-        known = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias", ".attention.bias", "lm_head.weight")
+        known = (".inv_freq", ".attn.bias", ".masked_bias", ".attention.bias", ".position_ids", *_HEADS)
         unused = [name for name in self._checkpoint.tensors if name not in self._used and not name.endswith(known)]
         if unused:
             shown = ", ".join(unused[:5])

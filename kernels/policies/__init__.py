@@ -6,6 +6,7 @@ import difflib
 
 from headrace.errors import UnsupportedModelError
 from headrace.kernels.policies.base import Policy
+from headrace.kernels.policies.bert import BERT, ROBERTA
 from headrace.kernels.policies.bloom import BLOOM
 from headrace.kernels.policies.falcon import FALCON
 from headrace.kernels.policies.gemma import GEMMA2, GEMMA3
@@ -16,6 +17,7 @@ from headrace.kernels.policies.opt import OPT
 __all__ = ["POLICIES", "find_policy"]
 
 POLICIES = (
+    BERT,
     BLOOM,
     FALCON,
     GEMMA2,
@@ -30,6 +32,7 @@ POLICIES = (
     PHI3,
     QWEN2,
     QWEN3,
+    ROBERTA,
 )
 
 

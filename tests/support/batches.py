@@ -19,6 +19,7 @@ def make_batch(
     token_ids: Sequence[int] | None = None,
     all_logits: bool = False,
     rows: Sequence[int] | None = None,
+    token_types: torch.Tensor | None = None,
 ) -> Batch:
     """Sequences of (queries, context); past a context the block table points to the last block, which is somebody's.
 
@@ -54,4 +55,5 @@ def make_batch(
         context_lens_host=tuple(context for _, context in lens),
         logits_rows=torch.tensor(list(range(len(positions))) if all_logits else ends),
         block_size=block_size,
+        token_types=token_types,
     )
