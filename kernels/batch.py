@@ -32,6 +32,8 @@ class Batch:
         context_lens_host: `context_lens` as numbers.
         logits_rows: [N] int64, the tokens whose logits are wanted.
         block_size: tokens of one block.
+        cross: for a decoder with cross attention, where the keys and values of each sequence's source are: a batch
+            with the same queries and other contexts.
         token_types: [T] int64, segment of each token, for models that tell segments apart; None means all 0.
     """
 
@@ -46,6 +48,7 @@ class Batch:
     context_lens_host: tuple[int, ...]
     logits_rows: Tensor
     block_size: int
+    cross: Batch | None = None
     token_types: Tensor | None = None
     _shared: dict[Any, Any] = field(default_factory=dict, repr=False)
 

@@ -16,9 +16,9 @@ from headrace.kernels.ops.attention import paged_attention
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.norm import add_norm
 from headrace.kernels.ops.rotary import rotate_and_cache
-from headrace.kernels.spec import LayerSpec, NormSpec
+from headrace.kernels.spec import AttentionSpec, LayerSpec, NormSpec
 
-__all__ = ["Block", "Norm"]
+__all__ = ["Block", "CrossAttention", "Norm"]
 
 
 class Norm(nn.Module):
@@ -39,6 +39,33 @@ class Norm(nn.Module):
         return f"{self.spec.kind}, eps={self.spec.eps}"
 
 
+class CrossAttention(nn.Module):
+    """Attention from a decoder to the states of an encoder, whose keys and values are in the same cache."""
+
+    def __init__(self, spec: AttentionSpec, norm: NormSpec, hidden_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm = Norm(norm, hidden_size)
+        self.query = Linear(hidden_size, spec.num_heads * spec.head_dim, bias=spec.qkv_bias)
+        self.key_value = Linear(hidden_size, 2 * spec.num_kv_heads * spec.head_dim, bias=spec.qkv_bias)
+        self.out = Linear(spec.num_heads * spec.head_dim, hidden_size, bias=spec.out_bias)
+
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The addend [T, hidden] and its residual."""
+        assert batch.cross is not None, "the batch does not say where the sources are"
+        keys, values = cache
+        normed, residual = self.norm(x, residual)
+        q_thd = self.query(normed).view(len(x), self.spec.num_heads, self.spec.head_dim)
+        return self.out(paged_attention(q_thd, keys, values, batch.cross, self.spec)), residual
+
+    def remember(self, states: Tensor, slots: Tensor, cache: tuple[Tensor, Tensor]) -> None:
+        """Put keys and values of encoder states [T, hidden] into their slots [T]."""
+        keys, values = cache
+        pairs = self.key_value(states).view(len(states), 2, self.spec.num_kv_heads, self.spec.head_dim)
+        keys.index_copy_(0, slots, pairs[:, 0])
+        values.index_copy_(0, slots, pairs[:, 1])
+
+
 class Block(nn.Module):
     """One layer. Projections that read the same input are stacked into one matrix."""
 
@@ -54,24 +81,36 @@ class Block(nn.Module):
         self.q_norm = Norm(attention.qk_norm, attention.head_dim) if attention.qk_norm else None
         self.k_norm = Norm(attention.qk_norm, attention.head_dim) if attention.qk_norm else None
         self.out = Linear(attention.num_heads * attention.head_dim, hidden_size, bias=attention.out_bias)
+        self.cross = CrossAttention(spec.cross, spec.norm, hidden_size) if spec.cross else None
         self.mlp = make_mlp(spec.mlp, hidden_size)
 
     def forward(
         self,
         x: Tensor,
         residual: Tensor | None,
-        cos_sin: Tensor | None,
-        cache: tuple[Tensor, Tensor] | None,
         batch: Batch,
+        *,
+        cache: tuple[Tensor, Tensor] | None,
+        cos_sin: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The addend [T, hidden] and the residual that the next block takes; without a cache texts are whole."""
+        """The addend [T, hidden] and the residual that the next block takes.
+
+        Args:
+            x: what the last block left to be added, [T, hidden].
+            residual: to what it is to be added; None after a norm that ended the block.
+            batch: of the step.
+            cache: keys and values of this layer; None for texts that are whole (encoders).
+            cos_sin: [T, 2, pairs], if the positions are rotary.
+            table: [buckets, heads], if a relative bias is added.
+        """
         if self.spec.placement == "post":
-            x, _ = self.attention_norm(self._attend(x, cos_sin, cache, batch), x)
+            x, _ = self.attention_norm(self._attend(x, batch, cache, cos_sin, table), x)
             assert self.mlp_norm is not None
             x, _ = self.mlp_norm(self.mlp(x), x)
             return x, None
         normed, residual = self.attention_norm(x, residual)
-        attended = self._attend(normed, cos_sin, cache, batch)
+        attended = self._attend(normed, batch, cache, cos_sin, table)
         if self.spec.placement == "parallel":
             if self.mlp_norm is not None:
                 normed, _ = self.mlp_norm(residual)
@@ -80,6 +119,9 @@ class Block(nn.Module):
             residual = normed
         if self.after_attention is not None:
             attended, _ = self.after_attention(attended)
+        if self.cross is not None:
+            assert cache is not None
+            attended, residual = self.cross(attended, residual, batch, cache)
         assert self.mlp_norm is not None
         normed, residual = self.mlp_norm(attended, residual)
         if self.spec.residual_from_norm:
@@ -89,11 +131,18 @@ class Block(nn.Module):
             out, _ = self.after_mlp(out)
         return out, residual
 
-    def _attend(self, x: Tensor, cos_sin: Tensor | None, cache: tuple[Tensor, Tensor] | None, batch: Batch) -> Tensor:
+    def _attend(
+        self,
+        x: Tensor,
+        batch: Batch,
+        cache: tuple[Tensor, Tensor] | None,
+        cos_sin: Tensor | None,
+        table: Tensor | None,
+    ) -> Tensor:
         spec, rotary = self.spec.attention, self.spec.rotary
         out: Tensor
         if not spec.causal:
-            out = self.out(full_attention(self.qkv(x), batch, spec))
+            out = self.out(full_attention(self.qkv(x), batch, spec, table))
             return out
         assert cache is not None, "causal attention reads what came before"
         keys, values = cache
@@ -108,5 +157,5 @@ class Block(nn.Module):
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
         )
-        out = self.out(paged_attention(q_thd, keys, values, batch, spec))
+        out = self.out(paged_attention(q_thd, keys, values, batch, spec, table))
         return out

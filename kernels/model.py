@@ -11,11 +11,36 @@ from headrace.kernels.kv import KVCache
 from headrace.kernels.linear import Linear
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.rotary import rotary_table
-from headrace.kernels.spec import ModelSpec, RotarySpec
+from headrace.kernels.spec import EncoderSpec, LayerSpec, ModelSpec, RotarySpec
 
-__all__ = ["Model"]
+__all__ = ["Encoder", "Model"]
 
 _FIRST_POSITIONS = 8192  # a table for a million positions would be half a gigabyte
+
+
+class Encoder(nn.Module):
+    """The blocks that read the source of an encoder-decoder."""
+
+    def __init__(self, spec: EncoderSpec, hidden_size: int) -> None:
+        super().__init__()
+        self.relative = _relative_table(spec.layers)
+        self.blocks = nn.ModuleList([Block(layer, hidden_size) for layer in spec.layers])
+        self.final_norm = Norm(spec.final_norm, hidden_size)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """States [T, hidden] of embedded tokens [T, hidden]."""
+        residual: Tensor | None = None
+        table = None if self.relative is None else self.relative.weight
+        for block in self.blocks:
+            x, residual = block(x, residual, batch, cache=None, table=table)
+        x, _ = self.final_norm(x, residual)
+        return x
+
+
+def _relative_table(layers: tuple[LayerSpec, ...]) -> nn.Embedding | None:
+    """The table of relative biases that all layers share, if they have one."""
+    attention = layers[0].attention
+    return nn.Embedding(attention.relative.num_buckets, attention.num_heads) if attention.relative else None
 
 
 class Model(nn.Module):
@@ -47,6 +72,8 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList([Block(layer, hidden) for layer in spec.layers])
         self.final_norm = Norm(spec.final_norm, hidden) if spec.final_norm else None
         self.embedding_out = Linear(hidden, embedding.size) if projected else None
+        self.relative = _relative_table(spec.layers)
+        self.encoder = Encoder(spec.encoder, hidden) if spec.encoder else None
         transform = spec.head.transform if spec.head else None
         self.head_dense = Linear(hidden, hidden, bias=True) if transform else None
         self.head_norm = Norm(transform.norm, hidden) if transform else None
@@ -62,8 +89,14 @@ class Model(nn.Module):
         x = self._embed(batch)
         residual: Tensor | None = None
         for index, block in enumerate(self.blocks):
-            cos_sin = self._cos_sin(self.spec.layers[index].rotary, batch)
-            x, residual = block(x, residual, cos_sin, None if cache is None else cache.layer(index), batch)
+            x, residual = block(
+                x,
+                residual,
+                batch,
+                cache=None if cache is None else cache.layer(index),
+                cos_sin=self._cos_sin(self.spec.layers[index].rotary, batch),
+                table=None if self.relative is None else self.relative.weight,
+            )
         if rows is not None and len(rows) < len(x):
             x, residual = x[rows], None if residual is None else residual[rows]
         if self.final_norm is not None:
@@ -72,11 +105,22 @@ class Model(nn.Module):
             x = residual + x
         return x
 
+    def encode(self, batch: Batch, cache: KVCache) -> None:
+        """Read sources with the encoder, and put what the decoder's layers see of them into the batch's slots."""
+        assert self.encoder is not None, "the model has no encoder"
+        states = self.encoder(self.embedding(batch.token_ids), batch)
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            assert block.cross is not None
+            block.cross.remember(states, batch.slots, cache.layer(index))
+
     def logits(self, x: Tensor) -> Tensor:
         """Logits [N, vocab] of last hidden states [N, hidden]."""
         spec = self.spec.head
         assert spec is not None, "the model has no head"
         assert self.head is not None
+        if spec.scale != 1.0:
+            x = x * spec.scale
         if spec.transform is not None:
             assert self.head_dense is not None
             assert self.head_norm is not None

@@ -13,6 +13,7 @@ __all__ = [
     "Alibi",
     "AttentionSpec",
     "EmbeddingSpec",
+    "EncoderSpec",
     "ExpertsSpec",
     "HeadSpec",
     "HeadTransform",
@@ -22,6 +23,7 @@ __all__ = [
     "ModelSpec",
     "NormSpec",
     "Placement",
+    "RelativeBias",
     "RotarySpec",
 ]
 
@@ -84,6 +86,18 @@ class Alibi:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RelativeBias:
+    """A learned number per head and bucket of distances is added to the scores (Raffel et al., 2020, "T5").
+
+    Half of the buckets hold one distance each, the others grow towards `max_distance`; what is further away shares the
+    last one. In both directions, keys after the query have buckets of their own.
+    """
+
+    num_buckets: int
+    max_distance: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
     """Attention of `num_heads` query heads that share `num_kv_heads` heads of keys and values.
 
@@ -95,6 +109,7 @@ class AttentionSpec:
         window: tokens that a token sees, itself included; None for all before it.
         soft_cap: scores become cap * tanh(score / cap).
         alibi: adds to scores by distance.
+        relative: adds to scores by bucket of distance; the table is shared by all layers.
         qk_norm: normalizes each head of queries and keys before they are rotated.
     """
 
@@ -108,6 +123,7 @@ class AttentionSpec:
     window: int | None = None
     soft_cap: float | None = None
     alibi: Alibi | None = None
+    relative: RelativeBias | None = None
     qk_norm: NormSpec | None = None
 
     @property
@@ -141,6 +157,7 @@ class LayerSpec:
 
     Attributes:
         placement: where the norms are.
+        cross: attention to the states of an encoder, between the other two parts, with a norm of its own.
         norm: what all of them are.
         shared_norm: in a parallel block both parts read the same norm.
         residual_from_norm: what is carried past attention and feed-forward is the norm's output, not its input.
@@ -151,6 +168,7 @@ class LayerSpec:
     attention: AttentionSpec
     mlp: MLPSpec
     rotary: RotarySpec | None = None
+    cross: AttentionSpec | None = None
     shared_norm: bool = False
     residual_from_norm: bool = False
 
@@ -183,6 +201,21 @@ class EmbeddingSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderSpec:
+    """What reads the prompt of an encoder-decoder; it shares the embedding.
+
+    Attributes:
+        layers: its blocks.
+        final_norm: after the last of them.
+        start_token: the first token that the decoder is given.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    final_norm: NormSpec
+    start_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTransform:
     """What BERT does before its head: a projection, an activation, a norm."""
 
@@ -198,12 +231,14 @@ class HeadSpec:
         tied: the matrix is that of the embedding.
         soft_cap: as in attention.
         transform: done before.
+        scale: multiplies the last hidden state.
     """
 
     tied: bool
     bias: bool = False
     soft_cap: float | None = None
     transform: HeadTransform | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +250,7 @@ class ModelSpec:
         layers: the blocks; they may differ in anything but the sizes of keys and values.
         final_norm: after the last block, if there is one.
         head: None for an encoder that makes no logits.
+        encoder: reads the prompt, which the layers attend to across.
         pooler: whether the first token's state goes through a projection and tanh, for the meaning of the whole text.
         max_positions: tokens that the positions were made for.
     """
@@ -226,6 +262,7 @@ class ModelSpec:
     final_norm: NormSpec | None
     head: HeadSpec | None
     max_positions: int
+    encoder: EncoderSpec | None = None
     pooler: bool = False
 
     @property

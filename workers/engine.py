@@ -113,7 +113,14 @@ class Engine:
         from headrace.workers.loader import load_model
 
         checkpoint = Checkpoint(folder)
-        if checkpoint.policy.spec(checkpoint.config).is_encoder:
+        spec = checkpoint.policy.spec(checkpoint.config)
+        if spec.encoder is not None:
+            raise UnsupportedModelError(
+                f"{checkpoint.architecture} is an encoder-decoder, which cannot be served yet. Serve a decoder, "
+                "such as a LlamaForCausalLM.",
+                param="model",
+            )
+        if spec.is_encoder:
             raise UnsupportedModelError(
                 f"{checkpoint.architecture} is an encoder: it reads texts and cannot generate them. Serve a model that "
                 "generates, such as a LlamaForCausalLM.",

@@ -24,7 +24,12 @@ __all__ = ["load_model"]
 
 logger = logging.getLogger(__name__)
 
-_HEADS = ("lm_head.weight", "decoder.weight", "decoder.bias")  # stored once more, though they are the embedding
+_HEADS = (
+    "lm_head.weight",
+    "decoder.weight",
+    "decoder.bias",
+    ".embed_tokens.weight",
+)  # stored once more, though they are the embedding
 
 Progress = Callable[[int, int], None]
 
@@ -83,7 +88,9 @@ class _Reader(contextlib.ExitStack):
         """
         start = 0
         for wanted in source.tensors:
-            name = self._find(wanted)
+            name = self._find(wanted.removesuffix("?"), required=not wanted.endswith("?"))
+            if name is None:
+                continue
             tensor = self._tensor(name)
             try:
                 rows = tensor if source.layout is None else source.layout(tensor, self._spec)
@@ -105,7 +112,7 @@ class _Reader(contextlib.ExitStack):
             shown = ", ".join(unused[:5])
             logger.warning("%d tensors of the checkpoint are not part of the model: %s", len(unused), shown)
 
-    def _find(self, wanted: str) -> str:
+    def _find(self, wanted: str, *, required: bool) -> str | None:
         """The name by which the checkpoint has a tensor."""
         prefix = self._checkpoint.policy.prefix
         for name in wanted.split("|"):
@@ -113,6 +120,8 @@ class _Reader(contextlib.ExitStack):
                 if spelled in self._checkpoint.tensors:
                     self._used.add(spelled)
                     return spelled
+        if not required:
+            return None
         raise ModelFilesError(
             f"{str(self._checkpoint.folder)!r} lacks the tensor {wanted!r} of a {self._checkpoint.architecture}: "
             "weights and config.json do not belong together. Fetch the model again.",

@@ -1,4 +1,4 @@
-"""Attention over the paged cache: every token attends to its own sequence up to itself.
+"""Attention over the paged cache: every token attends to its own sequence up to itself, or to all of a source.
 
 The reference gathers each context into one piece and leaves the rest to PyTorch's fused attention, where it can.
 Queries that share a key head are given to it as rows of one query, so keys are read once per group. Decodes are one
@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.kernels.batch import Batch
+from headrace.kernels.ops.relative import relative_bias
 from headrace.kernels.spec import Alibi, AttentionSpec
 
 __all__ = ["paged_attention"]
 
 
-def paged_attention(q_thd: Tensor, keys: Tensor, values: Tensor, batch: Batch, spec: AttentionSpec) -> Tensor:
+def paged_attention(
+    q_thd: Tensor, keys: Tensor, values: Tensor, batch: Batch, spec: AttentionSpec, table: Tensor | None = None
+) -> Tensor:
     """Attend from `q_thd` [T, heads, head dim] to the cached contexts; returns [T, heads * head dim].
 
     Args:
@@ -27,26 +30,29 @@ def paged_attention(q_thd: Tensor, keys: Tensor, values: Tensor, batch: Batch, s
         keys: [slots, kv heads, head dim], this step's keys included; the last slot holds zeros.
         values: likewise.
         batch: which token belongs to which sequence, and where the contexts are.
-        spec: scale, window, soft cap and ALiBi.
+        spec: scale, direction, window, soft cap and what is added to scores.
+        table: [buckets, heads], if a relative bias is added.
     """
     num_decodes = batch.num_decodes
     if num_decodes == len(batch.query_lens):
-        return _decode(q_thd, keys, values, batch, spec)
+        return _decode(q_thd, keys, values, batch, spec, table)
     out = torch.empty((len(q_thd), q_thd.shape[1] * q_thd.shape[2]), dtype=q_thd.dtype, device=q_thd.device)
     if num_decodes:
-        out[:num_decodes] = _decode(q_thd[:num_decodes], keys, values, batch, spec)
+        out[:num_decodes] = _decode(q_thd[:num_decodes], keys, values, batch, spec, table)
     start = num_decodes
     for index in range(num_decodes, len(batch.query_lens)):
         stop = start + batch.query_lens[index]
-        out[start:stop] = _prefill(q_thd[start:stop], keys, values, batch, index, spec)
+        out[start:stop] = _prefill(q_thd[start:stop], keys, values, batch, index, spec, table)
         start = stop
     return out
 
 
-def _decode(q_thd: Tensor, keys: Tensor, values: Tensor, batch: Batch, spec: AttentionSpec) -> Tensor:
+def _decode(
+    q_thd: Tensor, keys: Tensor, values: Tensor, batch: Batch, spec: AttentionSpec, table: Tensor | None
+) -> Tensor:
     num_decodes, blank = batch.num_decodes, len(keys) - 1
-    key = ("decode", blank, spec.window, spec.alibi)
-    slots, mask = batch.shared(key, lambda: _decode_context(batch, blank, spec, q_thd.dtype))
+    key = ("decode", blank, spec.window, spec.alibi, spec.relative)
+    slots, mask = batch.shared(key, lambda: _decode_context(batch, blank, spec, table, q_thd.dtype))
     shape = (num_decodes, -1, spec.num_kv_heads, spec.head_dim)
     k = keys.flatten(1).index_select(0, slots).view(shape).transpose(1, 2)
     v = values.flatten(1).index_select(0, slots).view(shape).transpose(1, 2)
@@ -56,7 +62,9 @@ def _decode(q_thd: Tensor, keys: Tensor, values: Tensor, batch: Batch, spec: Att
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale).flatten(1)
 
 
-def _decode_context(batch: Batch, blank: int, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _decode_context(
+    batch: Batch, blank: int, spec: AttentionSpec, table: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """Slots [S * L] of what decodes see, blank past their ends; a mask [S, kv heads or 1, group or 1, L] if needed."""
     contexts = batch.context_lens_host[: batch.num_decodes]
     lens = contexts if spec.window is None else tuple(min(context, spec.window) for context in contexts)
@@ -69,58 +77,71 @@ def _decode_context(batch: Batch, blank: int, spec: AttentionSpec, dtype: torch.
     held = positions.clamp(max=tables.shape[1] * batch.block_size - 1)
     blocks = tables.gather(1, (held // batch.block_size).expand(len(tables), -1))
     slots = (blocks * batch.block_size + held % batch.block_size).masked_fill_(past, blank).flatten()
-    if min(lens) == longest and spec.alibi is None:
+    added = _added(spec, table, positions.expand(len(tables), -1), ends - 1)
+    if min(lens) == longest and added is None:
         return slots, None
     mask = torch.zeros(past.shape, dtype=torch.float32, device=ends.device).masked_fill_(past, float("-inf"))
     mask = mask[:, None, None]
-    if spec.alibi is not None:
-        bias = _alibi(spec.alibi, positions.expand(len(tables), -1), ends - 1)  # [heads, S, L]
-        mask = mask + bias.transpose(0, 1).reshape(len(tables), spec.num_kv_heads, -1, longest)
+    if added is not None:
+        mask = mask + added.transpose(0, 1).reshape(len(tables), spec.num_kv_heads, -1, longest)
     return slots, mask.to(dtype)
 
 
-def _prefill(q_thd: Tensor, keys: Tensor, values: Tensor, batch: Batch, index: int, spec: AttentionSpec) -> Tensor:
-    key = ("prefill", index, spec.window, spec.alibi, spec.soft_cap is not None)
-    slots, mask = batch.shared(key, lambda: _prefill_context(batch, index, spec, q_thd.dtype))
+def _prefill(
+    q_thd: Tensor, keys: Tensor, values: Tensor, batch: Batch, index: int, spec: AttentionSpec, table: Tensor | None
+) -> Tensor:
+    key = ("prefill", index, spec.window, spec.alibi, spec.relative, spec.soft_cap is not None)
+    slots, mask = batch.shared(key, lambda: _prefill_context(batch, index, spec, table, q_thd.dtype))
     k, v = keys.index_select(0, slots), values.index_select(0, slots)
     q, k, v = (x.transpose(0, 1)[None] for x in (q_thd, k, v))
     if spec.soft_cap is not None:
         group = spec.num_heads // spec.num_kv_heads
         out = _capped(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), mask, spec)
     else:
+        triangle = spec.causal and mask is None
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=spec.scale, enable_gqa=True
+            q, k, v, attn_mask=mask, is_causal=triangle, scale=spec.scale, enable_gqa=True
         )
     return out[0].transpose(0, 1).flatten(1)
 
 
-def _prefill_context(batch: Batch, index: int, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Slots [L] of what one sequence's queries see, and a mask [heads or 1, Q, L] unless it is a plain triangle."""
+def _prefill_context(
+    batch: Batch, index: int, spec: AttentionSpec, table: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Slots [L] of what one sequence's queries see; a mask [heads or 1, Q, L] unless they see all, or a triangle."""
     length, context = batch.query_lens[index], batch.context_lens_host[index]
     first = 0 if spec.window is None else max(0, context - length - spec.window + 1)
     device = batch.block_tables.device
     positions = torch.arange(first, context, device=device)
     blocks = batch.block_tables[index].long()[positions // batch.block_size]
     slots = blocks * batch.block_size + positions % batch.block_size
-    windowed = spec.window is not None and spec.window < context
-    if length == context and not windowed and spec.alibi is None and spec.soft_cap is None:
+    if not spec.causal:
         return slots, None
     queries = torch.arange(context - length, context, device=device)[:, None]
+    added = _added(spec, table, positions.expand(length, -1), queries)
+    windowed = spec.window is not None and spec.window < context
+    if length == context and not windowed and added is None and spec.soft_cap is None:
+        return slots, None
     hidden = positions > queries
     if spec.window is not None:
         hidden |= positions <= queries - spec.window
     mask = torch.zeros(hidden.shape, dtype=torch.float32, device=device).masked_fill_(hidden, float("-inf"))[None]
+    return slots, (mask if added is None else mask + added).to(dtype)
+
+
+def _added(spec: AttentionSpec, table: Tensor | None, positions: Tensor, queries: Tensor) -> Tensor | None:
+    """What is added to the scores: [heads, rows, L] for keys at `positions` [rows, L] and `queries` [rows, 1]."""
     if spec.alibi is not None:
-        mask = mask + _alibi(spec.alibi, positions.expand(length, -1), queries)
-    return slots, mask.to(dtype)
+        return _alibi(spec.alibi, positions, queries)
+    if spec.relative is not None:
+        assert table is not None
+        return relative_bias(table, positions - queries, spec.relative, both_directions=False)
+    return None
 
 
 def _alibi(alibi: Alibi, positions: Tensor, queries: Tensor) -> Tensor:
-    """What is added to the scores: [heads, rows, L] for keys at `positions` [rows, L] and `queries` [rows, 1].
-
-    A softmax does not see what is added to a whole row, so distances, which stay small, serve as well as positions;
-    but not if the products were rounded.
-    """
+    """A softmax does not see what is added to a whole row, so distances, which stay small, serve as well as positions;
+    but not if the products were rounded."""
     slopes = torch.tensor(alibi.slopes, dtype=torch.float32, device=positions.device)[:, None, None]
     if not alibi.rounded:
         return slopes * ((positions - queries) * alibi.scale)

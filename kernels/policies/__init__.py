@@ -13,6 +13,7 @@ from headrace.kernels.policies.gemma import GEMMA2, GEMMA3
 from headrace.kernels.policies.gpt import GPT2, GPT_NEOX, GPTJ
 from headrace.kernels.policies.llama import LLAMA, MISTRAL, MIXTRAL, PHI3, QWEN2, QWEN3
 from headrace.kernels.policies.opt import OPT
+from headrace.kernels.policies.t5 import T5
 
 __all__ = ["POLICIES", "find_policy"]
 
@@ -33,6 +34,7 @@ POLICIES = (
     QWEN2,
     QWEN3,
     ROBERTA,
+    T5,
 )
 
 

@@ -22,7 +22,8 @@ class Source:
     """Where one parameter of `headrace.kernels.model.Model` comes from.
 
     Attributes:
-        tensors: of the checkpoint, stacked along their rows in this order; `a|b` is whichever there is.
+        tensors: of the checkpoint, stacked along their rows in this order; `a|b` is whichever there is,
+            `c?` may be missing.
         layout: turns each of them from the checkpoint's order of rows into ours.
     """
 
@@ -56,8 +57,9 @@ class Policy:
     def sources(self, spec: ModelSpec) -> Iterator[tuple[str, Source]]:
         """Parameters that a model of this family may have, and where they come from."""
         for name, source in self.weights.items():
-            for layer in range(len(spec.layers)) if "{layer}" in name else (0,):
-                experts = spec.layers[layer].mlp.experts
+            layers = spec.encoder.layers if spec.encoder and name.startswith("encoder.") else spec.layers
+            for layer in range(len(layers)) if "{layer}" in name else (0,):
+                experts = layers[layer].mlp.experts
                 for expert in range(experts.count) if experts and "{expert}" in name else (0,):
                     numbers = {"layer": layer, "expert": expert}
                     tensors = tuple(tensor.format(**numbers) for tensor in source.tensors)

@@ -260,6 +260,6 @@ def test_packed_weights_multiply_like_plain_ones(dtype, rows, shape, with_bias):
     weight, x = torch.randn(shape).to(dtype), torch.randn(rows, shape[1]).to(dtype)
     bias = torch.randn(shape[0]).to(dtype) if with_bias else None
     expected = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
-    scale = math.sqrt(shape[1])
+    scale = 2 * math.sqrt(shape[1])  # rounding errors of a sum add up like a random walk
     found = linear(x, pack_weight(weight), bias)
     torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
