@@ -6,6 +6,7 @@ arithmetic on whole arrays, so the cost hardly grows with the number of tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence as Items
 from itertools import accumulate
 
@@ -14,6 +15,7 @@ import torch
 
 from headrace.kernels.batch import Batch
 from headrace.workers.scheduler import Chunk
+from headrace.workers.sequence import Sequence
 
 __all__ = ["BatchBuilder"]
 
@@ -24,15 +26,13 @@ class BatchBuilder:
     def __init__(self, *, num_rows: int, max_blocks: int, block_size: int, device: torch.device | str = "cpu") -> None:
         self._block_size = block_size
         self._device = torch.device(device)
-        self._tables = np.zeros((num_rows, max_blocks), dtype=np.int32)
-        # The list object whose blocks a row shows: a sequence gets a new list whenever it is admitted.
-        self._sources: list[list[int] | None] = [None] * num_rows
-        self._written = [0] * num_rows
+        self._tables = _Tables(num_rows, max_blocks)
+        self._source_tables = _Tables(num_rows, max_blocks)
 
     def build(self, chunks: Items[Chunk]) -> Batch:
         """The batch of a plan's chunks; call it before the next plan changes the sequences."""
         for sequence, _ in chunks:
-            self._show_blocks(sequence.row, sequence.blocks)
+            self._tables.show(sequence.row, sequence.blocks)
         lens = [chunk.num_tokens for chunk in chunks]
         computed = [chunk.sequence.num_computed for chunk in chunks]
         contexts = tuple(have + new for have, new in zip(computed, lens, strict=True))
@@ -51,32 +51,83 @@ class BatchBuilder:
         else:
             shift = np.array(computed) - np.array(starts[:-1])
             positions, row_of = np.arange(starts[-1]) + np.repeat(shift, lens), np.repeat(rows, lens)
-        slots = self._tables[row_of, positions // self._block_size].astype(np.int64) * self._block_size
-        slots += positions % self._block_size
-        max_blocks = -(-max(contexts) // self._block_size)
         logits_rows = [start - 1 for chunk, start in zip(chunks, starts[1:], strict=True) if chunk.samples]
-        return Batch(
+        batch = Batch(
             token_ids=self._tensor(token_ids),
             positions=self._tensor(positions),
-            slots=self._tensor(slots),
+            slots=self._tensor(self._slots(self._tables, row_of, positions)),
             query_starts=self._tensor(np.array(starts, dtype=np.int32)),
             context_lens=self._tensor(np.array(contexts, dtype=np.int32)),
-            block_tables=self._tensor(self._tables[rows, :max_blocks]),
+            block_tables=self._table(self._tables, rows, contexts),
             num_decodes=num_decodes,
             query_lens=tuple(lens),
             context_lens_host=contexts,
             logits_rows=self._tensor(np.array(logits_rows, dtype=np.int64)),
             block_size=self._block_size,
         )
+        if not chunks[0].sequence.source:
+            return batch
+        sources = tuple(len(chunk.sequence.source) for chunk in chunks)
+        cross = dataclasses.replace(
+            batch,
+            context_lens=self._tensor(np.array(sources, dtype=np.int32)),
+            block_tables=self._table(self._source_tables, rows, sources),
+            context_lens_host=sources,
+            _shared={},
+        )
+        return dataclasses.replace(batch, cross=cross)
 
-    def _show_blocks(self, row: int, blocks: list[int]) -> None:
-        if self._sources[row] is not blocks:
-            self._sources[row] = blocks
-            self._written[row] = 0
-        written, count = self._written[row], len(blocks)
-        if written < count:
-            self._tables[row, written:count] = blocks[written:]
-            self._written[row] = count
+    def build_sources(self, sequences: Items[Sequence]) -> Batch:
+        """The batch that an encoder reads: whole sources, side by side."""
+        for sequence in sequences:
+            self._source_tables.show(sequence.row, sequence.source_blocks)
+        lens = tuple(len(sequence.source) for sequence in sequences)
+        starts = [0, *accumulate(lens)]
+        rows = np.array([sequence.row for sequence in sequences])
+        positions = np.arange(starts[-1]) - np.repeat(np.array(starts[:-1]), lens)
+        token_ids = np.concatenate([np.frombuffer(sequence.source, np.uint32) for sequence in sequences])
+        return Batch(
+            token_ids=self._tensor(token_ids.astype(np.int64)),
+            positions=self._tensor(positions),
+            slots=self._tensor(self._slots(self._source_tables, np.repeat(rows, lens), positions)),
+            query_starts=self._tensor(np.array(starts, dtype=np.int32)),
+            context_lens=self._tensor(np.array(lens, dtype=np.int32)),
+            block_tables=self._table(self._source_tables, rows, lens),
+            num_decodes=0,
+            query_lens=lens,
+            context_lens_host=lens,
+            logits_rows=self._tensor(np.empty(0, dtype=np.int64)),
+            block_size=self._block_size,
+        )
+
+    def _slots(self, tables: _Tables, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        blocks: np.ndarray = tables.blocks[rows, positions // self._block_size].astype(np.int64)
+        blocks *= self._block_size
+        blocks += positions % self._block_size
+        return blocks
+
+    def _table(self, tables: _Tables, rows: np.ndarray, contexts: Items[int]) -> torch.Tensor:
+        return self._tensor(tables.blocks[rows, : -(-max(contexts) // self._block_size)])
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+class _Tables:
+    """One table of blocks per row; `blocks` is [rows, blocks] int32."""
+
+    def __init__(self, num_rows: int, max_blocks: int) -> None:
+        self.blocks = np.zeros((num_rows, max_blocks), dtype=np.int32)
+        # The list object whose blocks a row shows: a sequence gets a new list whenever it is admitted.
+        self._shown: list[list[int] | None] = [None] * num_rows
+        self._written = [0] * num_rows
+
+    def show(self, row: int, blocks: list[int]) -> None:
+        """Write what is new of a sequence's blocks."""
+        if self._shown[row] is not blocks:
+            self._shown[row] = blocks
+            self._written[row] = 0
+        written, count = self._written[row], len(blocks)
+        if written < count:
+            self.blocks[row, written:count] = blocks[written:]
+            self._written[row] = count

@@ -82,7 +82,8 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_batch_tokens=config.max_batch_tokens,
             max_model_len=max_model_len,
-            prefix_cache=config.prefix_cache,
+            # What a decoder with an encoder computes depends on more than its own tokens.
+            prefix_cache=config.prefix_cache and model.spec.encoder is None,
             salt=card.fingerprint.encode(),
         )
         self._runner = Runner(
@@ -92,6 +93,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
         )
+        self._encoder = model.spec.encoder
         self._sequences: dict[tuple[bytes, int], Sequence] = {}
         self._pending = StepResult()  # ends found outside of a step
         self._steps = 0
@@ -114,12 +116,6 @@ class Engine:
 
         checkpoint = Checkpoint(folder)
         spec = checkpoint.policy.spec(checkpoint.config)
-        if spec.encoder is not None:
-            raise UnsupportedModelError(
-                f"{checkpoint.architecture} is an encoder-decoder, which cannot be served yet. Serve a decoder, "
-                "such as a LlamaForCausalLM.",
-                param="model",
-            )
         if spec.is_encoder:
             raise UnsupportedModelError(
                 f"{checkpoint.architecture} is an encoder: it reads texts and cannot generate them. Serve a model that "
@@ -187,9 +183,8 @@ class Engine:
         if not plan.chunks:
             assert not self._sequences, "sequences wait, but none can run"
             return result
-        prompt_tokens = sum(
-            max(0, min(count, sequence.num_prompt - sequence.num_computed)) for sequence, count in plan.chunks
-        )
+        prompt_tokens = sum(_num_prompt_tokens(sequence, count) for sequence, count in plan.chunks)
+        prompt_tokens += sum(len(sequence.source) for sequence in plan.encodes)
         choices = self._runner.run(plan)
         self._scheduler.commit(plan)
         self._steps += 1
@@ -239,14 +234,18 @@ class Engine:
         sampling = SamplingParams.from_wire(assignment.sampling)
         prompt, output = unpack_tokens(assignment.prompt), unpack_tokens(assignment.output)
         self._check_ids(prompt, output, sampling)
+        source = None
+        if self._encoder is not None:
+            source, prompt = prompt, array("I", [self._encoder.start_token])
         eos = () if sampling.ignore_eos else self.card.eos_token_ids
         vocab = self.card.vocab_size
         return Sequence(
             StreamId(assignment.request, assignment.choice, assignment.attempt),
             prompt,
             sampling,
-            max_tokens=self._scheduler.resolve_max_tokens(len(prompt), sampling.max_tokens),
+            max_tokens=self._scheduler.resolve_max_tokens(len(prompt), sampling.max_tokens, len(source or ())),
             output=output,
+            source=source,
             stop_ids=tuple(dict.fromkeys(id for id in (*eos, *sampling.stop_token_ids) if id < vocab)),
             seed=_seed(assignment.request) if sampling.seed is None else sampling.seed,
             deadline=None if assignment.budget_ms is None else now + assignment.budget_ms / 1000,
@@ -291,6 +290,11 @@ class Engine:
     def _drop(self, sequence: Sequence) -> None:
         del self._sequences[sequence.stream.request, sequence.stream.choice]
         self._scheduler.remove(sequence)
+
+
+def _num_prompt_tokens(sequence: Sequence, count: int) -> int:
+    """How many of the next `count` tokens belong to the prompt as it was given."""
+    return 0 if sequence.source else max(0, min(count, sequence.num_prompt - sequence.num_computed))
 
 
 def _finish(sequence: Sequence, reason: str) -> Finish:

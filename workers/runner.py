@@ -41,6 +41,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Choice]:
         """Compute a step; one choice for each chunk that reaches the end of what its sequence knows."""
+        if plan.encodes:
+            self.model.encode(self._builder.build_sources(plan.encodes), self.kv)
         batch = self._builder.build(plan.chunks)
         logits = self.model(batch, self.kv)
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]

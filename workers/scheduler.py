@@ -9,7 +9,8 @@ Laws:
   2. A sequence enters only when blocks for all its known tokens are there, so only decodes ever ask for more.
   3. Out of blocks, the newest running sequence gives its own up and waits again, at its old place in the queue. An
      older one never yields to a newer, so the oldest always goes on and everything ends.
-  4. No clock, thread, tensor or randomness: ranks that see the same calls make the same plans.
+  4. A source is encoded in one piece, in the step in which its sequence enters; it may exceed the budget, alone.
+  5. No clock, thread, tensor or randomness: ranks that see the same calls make the same plans.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: every sequence at most once, those with a single token first."""
+    """One step: sources to encode; then chunks, of every sequence at most one, those with a single token first."""
 
     chunks: tuple[Chunk, ...]
+    encodes: tuple[Sequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens the step computes."""
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        return sum(chunk.num_tokens for chunk in self.chunks) + sum(len(sequence.source) for sequence in self.encodes)
 
 
 @dataclass(slots=True)
@@ -107,8 +109,9 @@ class Scheduler:
     def __iter__(self) -> Iterator[Sequence]:
         return iter((*self._running, *self._waiting))
 
-    def resolve_max_tokens(self, num_prompt: int, max_tokens: int | None) -> int:
-        """The most tokens to generate after a prompt, or ContextLengthError if it does not fit."""
+    def resolve_max_tokens(self, num_prompt: int, max_tokens: int | None, num_source: int = 0) -> int:
+        """The most tokens to generate after a prompt or source, or ContextLengthError if they do not fit."""
+        num_prompt += -(-num_source // self.block_size) * self.block_size
         limit, name = self.max_model_len, "the model's context"
         if self.kv_tokens < limit:
             limit, name = self.kv_tokens, "the KV cache"
@@ -125,7 +128,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose length `resolve_max_tokens` approved."""
         assert sequence.arrival < 0, "a sequence is added once"
-        assert sequence.num_prompt + sequence.max_tokens <= min(self.max_model_len, self.kv_tokens)
+        held = sequence.num_prompt + sequence.max_tokens + self._num_source_blocks(sequence) * self.block_size
+        assert held <= min(self.max_model_len, self.kv_tokens)
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self._waiting.append(sequence)
@@ -154,6 +158,7 @@ class Scheduler:
         """The next step; empty only when there is nothing to do."""
         decodes: list[Chunk] = []
         prompts: list[Chunk] = []
+        encodes: list[Sequence] = []
         budget = self.max_batch_tokens
         settled = self._schedule_decodes(decodes)
         budget -= len(decodes)
@@ -166,15 +171,20 @@ class Scheduler:
         while settled and budget and position < len(self._waiting) and self._free_rows:
             sequence = self._waiting[position]
             digests = self._lookup(sequence)
+            if len(sequence.source) > budget and (decodes or prompts or encodes):
+                break
             if self._worth_waiting(sequence, digests):
                 position += 1
             elif self._admit(sequence, digests):
+                if sequence.source:
+                    encodes.append(sequence)
+                    budget = max(1, budget - len(sequence.source))
                 count = min(sequence.num_pending, budget)
                 (decodes if count == 1 else prompts).append(Chunk(sequence, count))
                 budget -= count
             else:
                 break
-        return Plan((*decodes, *prompts))
+        return Plan((*decodes, *prompts), tuple(encodes))
 
     def commit(self, plan: Plan) -> None:
         """The step was computed: count its tokens and publish the blocks it filled."""
@@ -213,6 +223,9 @@ class Scheduler:
     def _num_blocks(self, sequence: Sequence) -> int:
         return -(-sequence.num_tokens // self.block_size)
 
+    def _num_source_blocks(self, sequence: Sequence) -> int:
+        return -(-len(sequence.source) // self.block_size)
+
     def _preempt(self, sequence: Sequence) -> None:
         self.stats.preemptions += 1
         self._stop(sequence)
@@ -224,7 +237,8 @@ class Scheduler:
         self._running.remove(sequence)
         self._settle(sequence, self._promised[sequence.row].stop)
         self.blocks.release(sequence.blocks)
-        sequence.blocks = []
+        self.blocks.release(sequence.source_blocks)
+        sequence.blocks, sequence.source_blocks = [], []
         self._free_rows.append(sequence.row)
         sequence.row = -1
 
@@ -251,12 +265,16 @@ class Scheduler:
         """Start a waiting sequence if blocks for all its known tokens are there."""
         matched = self.blocks.match(digests)
         missing = self._num_blocks(sequence) - len(matched)
+        num_source_blocks = self._num_source_blocks(sequence)
         # One spare block for each running sequence: entering only to be preempted by the next block is work lost.
-        if missing + len(self._running) > self.blocks.num_available - self.blocks.num_unheld(matched):
+        if missing + num_source_blocks + len(self._running) > self.blocks.num_available - self.blocks.num_unheld(
+            matched
+        ):
             return False
         if matched:
             self.blocks.share(matched)
         sequence.blocks = matched + self.blocks.allocate(missing)
+        sequence.source_blocks = self.blocks.allocate(num_source_blocks)
         sequence.num_computed = len(matched) * self.block_size
         self.stats.prefix_queries += sequence.num_tokens
         self.stats.prefix_hits += sequence.num_computed
@@ -298,7 +316,7 @@ class Scheduler:
 
     def validate(self) -> None:
         """Assert the invariants; tests call it after every call."""
-        self.blocks.validate(sequence.blocks for sequence in self._running)
+        self.blocks.validate(sequence.blocks + sequence.source_blocks for sequence in self._running)
         arrivals = [sequence.arrival for sequence in self._running]
         assert arrivals == sorted(arrivals), "running is not in order of arrival"
         arrivals = [sequence.arrival for sequence in self._waiting]
@@ -307,9 +325,11 @@ class Scheduler:
         assert sorted(rows + self._free_rows) == list(range(self.max_num_seqs)), "rows leaked or shared"
         for sequence in self._waiting:
             assert (sequence.row, sequence.blocks, sequence.num_computed) == (-1, [], 0), f"{sequence} holds something"
+            assert sequence.source_blocks == [], f"{sequence} holds its source"
         for sequence in self._running:
             assert 0 <= sequence.num_computed < sequence.num_tokens, f"{sequence} has nothing to compute"
             assert len(sequence.blocks) * self.block_size >= sequence.num_computed, f"{sequence} lacks blocks"
+            assert len(sequence.source_blocks) == self._num_source_blocks(sequence), f"{sequence} lacks its source"
         promised = sum(len(self._promised[sequence.row]) for sequence in self._running)
         assert promised == sum(self._computing.values()), "promised blocks leaked"
 

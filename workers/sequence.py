@@ -18,6 +18,7 @@ class Sequence:
 
     Attributes:
         stream: names it on the wire.
+        source: what an encoder reads; empty for decoders, whose prompt is in `tokens`.
         tokens: prompt, then output; `num_prompt` says where the output begins.
         max_tokens: the output's length at most, with what earlier attempts generated.
         stop_ids: tokens that end it; held back until `sampling.min_tokens` were generated.
@@ -26,6 +27,7 @@ class Sequence:
         num_computed: tokens whose KV is in the cache.
         num_cached: prompt tokens found in the prefix cache when it was first admitted.
         blocks: its KV blocks, in order of position.
+        source_blocks: likewise, of what the decoder sees of the source.
         row: its row in the runner's tables while it runs, else -1.
     """
 
@@ -41,6 +43,8 @@ class Sequence:
         "row",
         "sampling",
         "seed",
+        "source",
+        "source_blocks",
         "stop_ids",
         "stream",
         "tokens",
@@ -54,6 +58,7 @@ class Sequence:
         *,
         max_tokens: int,
         output: array[int] | None = None,
+        source: array[int] | None = None,
         stop_ids: tuple[int, ...] = (),
         seed: int = 0,
         deadline: float | None = None,
@@ -69,6 +74,8 @@ class Sequence:
         self.arrival = -1
         self.num_computed = 0
         self.num_cached = -1
+        self.source = source or array("I")
+        self.source_blocks: list[int] = []
         self.blocks: list[int] = []
         self.row = -1
         self._digests: list[bytes] = []

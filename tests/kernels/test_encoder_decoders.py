@@ -7,51 +7,21 @@ import dataclasses
 import pytest
 import torch
 
-from headrace.errors import UnsupportedModelError
 from headrace.kernels.kv import KVCache
 from headrace.kernels.ops.relative import relative_bias
 from headrace.kernels.spec import RelativeBias
-from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.loader import load_model
 from tests.support.batches import make_batch
-from tests.support.tiny_tokenizer import tiny_tokenizer_json
+from tests.support.tiny_models import T5_VARIANTS, save_t5
 
 BLOCK = 8
 
-# v1.0; v1.1 and Flan, whose outputs are not scaled, with more layers on one side and inner size unlike the hidden one.
-VARIANTS = {
-    "t5": {"feed_forward_proj": "relu"},
-    "t5-v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
-    "t5-deep-encoder": {"feed_forward_proj": "gated-silu", "num_layers": 4, "num_decoder_layers": 2},
-}
 
-
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=list(T5_VARIANTS))
 def pair(request, tmp_path_factory):
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    settings = {"num_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
-    config = T5Config(
-        vocab_size=101,
-        d_model=40,
-        d_kv=12,
-        d_ff=56,
-        num_heads=5,
-        decoder_start_token_id=0,
-        **settings | VARIANTS[request.param],
-    )
-    torch.manual_seed(0)
-    model = T5ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layer_norm" in name:
-                parameter.normal_(mean=1.0, std=0.2)
-            elif "relative" in name:
-                parameter.normal_(std=1.0)
+    """A model of transformers and its folder."""
     folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(tiny_tokenizer_json())
-    return model, folder
+    return save_t5(folder, request.param), folder
 
 
 def texts(*lens: int, seed: int) -> list[list[int]]:
@@ -100,8 +70,3 @@ def test_buckets_are_those_of_transformers(both_directions):
     expected = T5Attention._relative_position_bucket(distances, both_directions, 32, 128)
     table = torch.arange(32.0)[:, None]
     assert torch.equal(relative_bias(table, distances, spec, both_directions=both_directions)[0].long(), expected)
-
-
-def test_serving_one_is_refused_until_it_is_possible(pair):
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
-        Engine.load(pair[1], EngineConfig())

@@ -14,7 +14,7 @@ import torch
 
 from tests.support.tiny_tokenizer import CHAT_TEMPLATE, END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer_json
 
-__all__ = ["FAMILIES", "make_model", "save_model"]
+__all__ = ["FAMILIES", "T5_VARIANTS", "make_model", "save_model", "save_t5"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -167,4 +167,40 @@ def save_model(folder: Path, name: str = "qwen2-tied", *, seed: int = 0, shards:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
+    return model
+
+
+# v1.0; v1.1 and Flan, whose outputs are not scaled; more layers on one side, and an inner size unlike the hidden one.
+T5_VARIANTS: dict[str, dict[str, Any]] = {
+    "t5": {"feed_forward_proj": "relu"},
+    "t5-v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
+    "t5-deep-encoder": {"feed_forward_proj": "gated-silu", "num_layers": 4, "num_decoder_layers": 2},
+}
+
+
+def save_t5(folder: Path, name: str = "t5", *, seed: int = 0) -> Any:
+    """Write an encoder-decoder with its tokenizer; returns the transformers model for comparison."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    settings = {"num_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
+    config = T5Config(
+        vocab_size=VOCAB_SIZE,
+        d_model=40,
+        d_kv=12,
+        d_ff=56,
+        num_heads=5,
+        decoder_start_token_id=0,
+        eos_token_id=END_OF_TEXT,
+        **settings | T5_VARIANTS[name],
+    )
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "layer_norm" in parameter_name:
+                parameter.normal_(mean=1.0, std=0.2)
+            else:  # a small embedding, or a head that is tied to it would only repeat what it reads
+                parameter.normal_(std=1.0 if "relative" in parameter_name else 0.25)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tiny_tokenizer_json())
     return model

@@ -17,7 +17,7 @@ from headrace.errors import (
 from headrace.messages import StreamId
 from headrace.workers.engine import Engine, EngineConfig
 from tests.support.engines import assign, generate, run
-from tests.support.tiny_models import FAMILIES, save_model
+from tests.support.tiny_models import FAMILIES, T5_VARIANTS, save_model, save_t5
 from tests.support.tiny_tokenizer import IM_END, VOCAB_SIZE
 
 STEPS = 32
@@ -84,6 +84,34 @@ def test_greedy_tokens_are_those_of_transformers(family, mode):
     assert generate(engine, PROMPTS, max_tokens=STEPS) == expected
     hits = engine.load_gauges()["prefix_hits"]
     assert (hits > 0) == (mode != "without prefix cache")
+
+
+@pytest.fixture(scope="module", params=list(T5_VARIANTS))
+def encoder_decoder(request, tmp_path_factory):
+    """The folder of an encoder-decoder, and what transformers answers to PROMPTS."""
+    folder = tmp_path_factory.mktemp(request.param)
+    reference = save_t5(folder, request.param)
+    answers = []
+    for text in PROMPTS:
+        ids = torch.tensor([text])
+        # Without a cache: transformers' own fails if the decoder has more layers than the encoder.
+        out = reference.generate(ids, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, use_cache=False)
+        answers.append(out[0, 1:].tolist())
+    return folder, answers
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_encoder_decoders_answer_as_in_transformers(encoder_decoder, mode):
+    folder, expected = encoder_decoder
+    # A source and its output lie in blocks of their own, so a little more memory is needed to hold the longest.
+    engine = load(folder, **MODES[mode] | ({"kv_tokens": 192} if mode == "preempted" else {}))
+    assert generate(engine, PROMPTS, max_tokens=STEPS) == expected
+    assert len({token for tokens in expected for token in tokens}) >= 5, "the model hardly says anything"
+    assert (engine.load_gauges()["preemptions"] > 0) == (mode == "preempted")
+    assert engine.load_gauges()["prompt_tokens"] >= sum(map(len, PROMPTS))
+    # The same source again, continued from some of its answer.
+    outcome = run(engine, [assign(PROMPTS[3], output=expected[3][:9], max_tokens=STEPS)])[0]
+    assert outcome.tokens == expected[3][9:]
 
 
 @pytest.mark.parametrize("cut", [1, 15, 31])

@@ -315,3 +315,70 @@ def test_a_stop_token_ends_a_sequence_without_being_part_of_it():
     assert sequence.tokens.tolist() == [1, 9]
     assert sequence.append(2) is None
     assert sequence.append(2) == "length"
+
+
+# ------------------------------------------------------------------------------------------ sources for an encoder
+
+
+def make_sourced(index: int, source: int, max_tokens: int) -> Sequence:
+    return make_sequence(index, [7], max_tokens, source=array("I", range(source)))
+
+
+def test_a_source_is_encoded_once_in_the_step_in_which_its_sequence_enters():
+    scheduler = make_scheduler(max_batch_tokens=8, prefix_cache=False)
+    first, second = make_sourced(1, 5, 3), make_sourced(2, 6, 3)
+    scheduler.add(first)
+    scheduler.add(second)
+    plan = scheduler.schedule()
+    scheduler.validate()
+    assert plan.encodes == (first,)
+    assert [chunk.sequence for chunk in plan.chunks] == [first]
+    assert plan.num_tokens == 6
+    assert len(first.source_blocks) == 2
+    scheduler.commit(plan)
+    first.append(1)
+    plan = scheduler.schedule()
+    assert plan.encodes == (second,)
+    assert [chunk.sequence for chunk in plan.chunks] == [first, second]
+
+
+def test_a_source_beyond_the_budget_is_encoded_alone():
+    scheduler = make_scheduler(max_batch_tokens=4, prefix_cache=False)
+    small, large = make_sourced(1, 3, 1), make_sourced(2, 20, 1)
+    scheduler.add(small)
+    scheduler.add(large)
+    plan = scheduler.schedule()
+    assert plan.encodes == (small,)
+    scheduler.commit(plan)
+    assert small.append(1) == "length"
+    scheduler.remove(small)
+    assert scheduler.schedule().encodes == (large,)
+
+
+def test_a_preempted_sequence_gives_up_its_source_and_encodes_it_again():
+    scheduler = make_scheduler(num_blocks=6, prefix_cache=False)
+    old, new = make_sourced(1, 8, 12), make_sourced(2, 4, 8)
+    scheduler.add(old)
+    scheduler.add(new)
+    seen: list[Sequence] = []
+    for _ in range(40):
+        plan = scheduler.schedule()
+        scheduler.validate()
+        seen += plan.encodes
+        scheduler.commit(plan)
+        for sequence in [chunk.sequence for chunk in plan.chunks if chunk.sequence.num_pending == 0]:
+            if sequence.append(1) is not None:
+                scheduler.remove(sequence)
+        scheduler.validate()
+    assert seen.count(old) == 1
+    assert seen.count(new) == 2
+    assert scheduler.stats.preemptions == 1
+    assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+    assert scheduler.blocks.num_available == 6
+
+
+def test_a_source_counts_in_whole_blocks():
+    scheduler = make_scheduler(num_blocks=4, block_size=4)
+    assert scheduler.resolve_max_tokens(1, None, num_source=5) == 16 - 8 - 1
+    with pytest.raises(ContextLengthError):
+        scheduler.resolve_max_tokens(1, 8, num_source=5)
