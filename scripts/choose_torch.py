@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# The release that the project is tested with on CPU; pip prefers a local build of it (2.13.0+cpu) where an index has one.
+# The release that the project is tested with on CPU; pip prefers a local build (2.13.0+cpu) where an index has one.
 TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CANDIDATES = (

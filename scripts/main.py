@@ -15,7 +15,7 @@ from headrace._version import __version__
 
 __all__ = ["COMMANDS", "cli", "main"]
 
-# name -> module with an attribute of the same name, and the line that `headrace --help` shows (no import needed for it).
+# name -> module with an attribute of the same name, and the line that `headrace --help` shows without an import.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "up": ("headrace.scripts.up", "Start everything: broker, worker groups and gateway, in one terminal."),
     "chat": ("headrace.scripts.chat", "Talk to a served model in this terminal."),
@@ -46,9 +46,9 @@ class _LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            if args and args[0] not in COMMANDS:
-                error.message += f" Commands: {', '.join(COMMANDS)}."
-            raise
+            if not args or args[0] in COMMANDS:
+                raise
+            raise click.UsageError(f"{error.message} Commands: {', '.join(COMMANDS)}.", ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -1,29 +1,45 @@
-"""How our commands look: options under headings with defaults and units, examples, and clean errors.
+"""How our commands look and fail: options under headings with defaults and units, examples, one-message errors.
 
 Not the options themselves: each command lists its own, and those that several share are in `headrace.scripts.shared`.
+
+Exit codes    0    done
+              1    something failed while it ran, or nobody answers
+              2    an option, a setting or a model folder is wrong; the message says what to do
+              130  ended by Ctrl-C; 143 by SIGTERM, without waiting for what ran
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
-from headrace.errors import HeadraceError
+from headrace.errors import ConfigError, HeadraceError, RequestError
 
-__all__ = ["Command", "CommandError", "command", "option"]
+__all__ = ["Command", "CommandError", "command", "option", "set_up_logging"]
 
 
 class CommandError(click.ClickException):
-    """An error that a person caused or can mend: its message and nothing else, exit code 2."""
+    """An error as a person sees it: its message and nothing else."""
 
-    exit_code = 2
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code: int = exit_code  # type: ignore[misc]  # click allows it per instance
+
+    @classmethod
+    def of(cls, error: HeadraceError) -> CommandError:
+        """Code 2 for what the person can set right in the command, 1 for the rest."""
+        return cls(error.message, 2 if isinstance(error, ConfigError | RequestError) else 1)
 
     def show(self, file: Any = None) -> None:
         """Write the message to stderr."""
-        click.secho("Error: ", fg="red", bold=True, err=True, nl=False)
+        colour = None if os.environ.get("NO_COLOR") is None else False
+        click.secho("Error: ", fg="red", bold=True, err=True, nl=False, color=colour)
         click.echo(self.format_message(), err=True)
 
 
@@ -50,27 +66,38 @@ class Command(click.Command):
                 is_eager=True,
                 callback=_remember_debug,
                 envvar="HEADRACE_DEBUG",
+                show_envvar=True,
                 help="Show tracebacks and log messages.",
             )
         )
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an error of the tree becomes its message and exit code 2."""
+        """Run the command; an error becomes its message and an exit code."""
+        set_up_logging()
         try:
             return super().invoke(ctx)
-        except HeadraceError as error:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # the reader has gone; click ends in silence
             if ctx.meta.get("headrace.debug"):
                 raise
-            raise CommandError(error.message) from None
+            if isinstance(error, HeadraceError):
+                raise CommandError.of(error) from None
+            advice = "This should not happen; run it again with --debug for the traceback."
+            raise CommandError(f"{type(error).__name__}: {error}\n{advice}", 1) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write each heading with its options, in the order in which they were declared."""
+        """Write each heading with its options, in the order in which they were declared; help comes last."""
         headings: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            heading = getattr(param, "heading", "Help")
             record = param.get_help_record(ctx)
-            if record is not None:
-                headings.setdefault(heading, []).append(record)
+            if record is not None and isinstance(param, click.Option):  # arguments are described by the text above
+                headings.setdefault(getattr(param, "heading", "Help"), []).append(record)
+        headings["Help"] = headings.pop("Help")
         for heading, records in headings.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
@@ -88,6 +115,15 @@ def _remember_debug(ctx: click.Context, param: click.Parameter, value: bool) -> 
     if value:
         # Child processes show theirs too.
         os.environ["HEADRACE_DEBUG"] = "1"
+
+
+def set_up_logging() -> None:
+    """Warnings and worse to stderr; everything of ours if $HEADRACE_DEBUG is set. Also called by child processes."""
+    if sys.stderr is None:
+        return
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if os.environ.get("HEADRACE_DEBUG"):
+        logging.getLogger("headrace").setLevel(logging.DEBUG)
 
 
 def command(name: str, *examples: str, **settings: Any) -> Callable[[Callable[..., Any]], Command]:
