@@ -1,16 +1,19 @@
-"""Whether a request can be served at all: checked before it costs anything. Pure; the queue's bounds are elsewhere."""
+"""Whether a request can be served at all: checked before it costs anything. Pure; the queue's bounds are in `room`."""
 
 from __future__ import annotations
 
 import hashlib
 
 from headrace.broker.groups import Model
-from headrace.broker.requests import TOKEN_BYTES
-from headrace.errors import ContextLengthError, InvalidRequestError, ModelChangedError
+from headrace.broker.refusals import model_changed
+from headrace.broker.requests import TOKEN_BYTES, Job
+from headrace.errors import ContextLengthError, InvalidRequestError
 from headrace.messages import Request, unpack_tokens
 from headrace.sampling import SamplingParams
 
-__all__ = ["check", "check_id", "digest", "quarantine_key"]
+__all__ = ["check", "check_id", "digest", "is_same", "quarantine_key"]
+
+_MAX_FINGERPRINT = 256
 
 
 def check_id(id: bytes) -> None:
@@ -33,6 +36,21 @@ def digest(request: Request, model: str, sampling: SamplingParams) -> bytes:
     body.update(repr(sorted(settings.items())).encode())
     body.update(request.prompt)
     return body.digest()
+
+
+def is_same(request: Request, job: Job) -> bool:
+    """Whether a submission under the id of a known job is that job.
+
+    Raises:
+        InvalidRequestError: a sampling value is out of range.
+    """
+    sampling = SamplingParams.from_wire(request.sampling)
+    return (
+        digest(request, request.model or job.model, sampling) == job.digest
+        and sampling.seed in (None, job.seed)
+        and sampling.max_tokens in (None, job.max_tokens)
+        and len(request.output) in (0, len(job.streams))
+    )
 
 
 def quarantine_key(digest: bytes, max_tokens: int) -> bytes:
@@ -66,10 +84,11 @@ def check(request: Request, model: Model) -> SamplingParams:
         _check_tokens("output", output, card.vocab_size)
     if not 0 <= request.attempt < 2**31:
         raise InvalidRequestError(f"attempt is {request.attempt}; give a number from 0 to 2147483647.", param="attempt")
-    if any(request.output) and request.fingerprint and request.fingerprint != card.fingerprint:
-        raise ModelChangedError(
-            f"The model {card.name!r} was replaced while this stream was under way; start the request again."
-        )
+    if len(request.fingerprint) > _MAX_FINGERPRINT:
+        raise InvalidRequestError("fingerprint is too long; send the one of the model's card.", param="fingerprint")
+    present = {card.fingerprint, *(group.card.fingerprint for group in model.groups)}
+    if any(request.output) and request.fingerprint and request.fingerprint not in present:
+        raise model_changed(card.name)
     return _resolve_length(request, model, sampling)
 
 

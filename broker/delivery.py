@@ -31,12 +31,13 @@ class Connection:
         dirty: streams with something unsent; the value is the run as it came from the leader, if it can go out as is.
         errors: jobs whose error is unsent.
         unacked: bytes sent and not confirmed.
+        stalled: whether the window is shut while something waits.
+        progress_at: last time that anything was confirmed, or that it began to owe a confirmation.
     """
 
-    def __init__(self, peer: bytes, name: str, now: float) -> None:
+    def __init__(self, peer: bytes, now: float) -> None:
         self.peer = peer
-        self.name = name
-        self.heard_at = now
+        self.heard_at = self.progress_at = now
         self.jobs: dict[bytes, Job] = {}
         self.dirty: dict[Stream, TokenRun | None] = {}
         self.errors: dict[Job, None] = {}
@@ -68,11 +69,11 @@ class Delivery:
         self.waiting: dict[Connection, None] = {}  # connections with something to send
         self.orphans: dict[Job, float] = {}  # live jobs without a client, since when
 
-    def connect(self, peer: bytes, name: str, now: float) -> Connection:
+    def connect(self, peer: bytes, now: float) -> Connection:
         """A client said Hello; saying it again changes nothing."""
         conn = self.connections.get(peer)
         if conn is None:
-            conn = self.connections[peer] = Connection(peer, name, now)
+            conn = self.connections[peer] = Connection(peer, now)
         conn.heard_at = now
         return conn
 
@@ -98,7 +99,6 @@ class Delivery:
             stream.progress_at = now
             self.touch(stream)
         if job.error is not None:
-            job.error_sent = False
             self.fail(job)
 
     def seek(self, stream: Stream, position: int) -> None:
@@ -158,7 +158,6 @@ class Delivery:
         conn.stalled = bool(conn.dirty)
         for job in list(conn.errors):
             assert job.error is not None
-            job.error_sent = True
             self._mailer.send(Face.CLIENTS, conn.peer, Error(error=job.error.to_wire(), request=job.id))
             conn.release(job)
 
@@ -166,6 +165,8 @@ class Delivery:
         """One message's worth of runs and the ends that follow them; what does not fit stays dirty."""
         runs: list[TokenRun] = []
         finishes: list[Finish] = []
+        if not conn.unacked:
+            conn.progress_at = now
         dirty, conn.dirty = conn.dirty, {}
         unacked = conn.unacked
         for stream, run in dirty.items():
@@ -230,7 +231,7 @@ class Delivery:
             if stream.acked < next_index <= stream.sent:
                 conn.unacked -= (next_index - stream.acked) * stream.weight
                 stream.acked = next_index
-                stream.progress_at = now
+                stream.progress_at = conn.progress_at = now
             if final and stream.done_sent:
                 stream.final_acked = True
                 if all(s.final_acked for s in job.streams):
@@ -257,18 +258,34 @@ class Delivery:
         return list(unknown)
 
     def stalled_jobs(self, now: float) -> list[Job]:
-        """Live or ended jobs whose reader owes an acknowledgement for too long."""
+        """Live or ended jobs whose reader owes an acknowledgement for too long, and those that wait behind them."""
         limit = now - self._config.stall_timeout
-        return [
-            job
-            for conn in self.connections.values()
-            for job in conn.jobs.values()
-            if any(s.acked < s.sent and s.progress_at < limit for s in job.streams)
-        ]
+        stalled = []
+        for conn in self.connections.values():
+            shut = conn.stalled and conn.progress_at < limit
+            for job in conn.jobs.values():
+                if any((s.acked < s.sent and s.progress_at < limit) or (shut and s.sent < s.have) for s in job.streams):
+                    stalled.append(job)
+        return stalled
+
+    def forgive(self, gap: float, now: float) -> None:
+        """We were away for that long: nobody could be heard, so nobody was silent."""
+        for conn in self.connections.values():
+            conn.heard_at = min(now, conn.heard_at + gap)
+            conn.progress_at = min(now, conn.progress_at + gap)
+            for job in conn.jobs.values():
+                for stream in job.streams:
+                    stream.progress_at = min(now, stream.progress_at + gap)
+        for job in self.orphans:
+            self.orphans[job] = min(now, self.orphans[job] + gap)
 
     def refuse(self, conn: Connection, request: bytes, error: HeadraceError) -> None:
         """Tell a client that a request ends before it began."""
         self._counters.rejected[error.code] += 1
+        self.tell(conn, request, error)
+
+    def tell(self, conn: Connection, request: bytes, error: HeadraceError) -> None:
+        """End a request for its client, whatever becomes of it here."""
         error.request_id = request.hex()
         self._mailer.send(Face.CLIENTS, conn.peer, Error(error=error.to_wire(), request=request))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import zmq
 
 from headrace.addresses import check_bind
+from headrace.broker.owners import port_owner, socket_owner
 from headrace.codec import MAX_BODY
 from headrace.errors import AddressError
 
@@ -39,15 +40,20 @@ class Listener:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, high_water: int) -> None:
         check_bind(endpoint)
-        path = Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
-        self._path = path
-        self._lock = _take_lock(path, endpoint) if path is not None else None
+        self._path = Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
+        self._lock = None if self._path is None else _take_lock(self._path, endpoint)
+        self._bound = False
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         try:
             for option, value in _OPTIONS.items():
                 self.socket.setsockopt(option, value)
+            self.socket.setsockopt(zmq.IPV6, int(endpoint.startswith("tcp://[")))
             self.socket.set_hwm(high_water)
-            _bind(self.socket, endpoint, path)
+            if self._path is None:
+                _bind_port(self.socket, endpoint)
+            else:
+                _bind_file(self.socket, endpoint, self._path)
+            self._bound = True
         except BaseException:
             self.close()
             raise
@@ -58,7 +64,8 @@ class Listener:
         self.socket.close(linger=_FAREWELL_MS)
         if self._lock is not None:
             assert self._path is not None
-            self._path.unlink(missing_ok=True)
+            if self._bound:
+                self._path.unlink(missing_ok=True)
             os.close(self._lock)  # the lock goes last, so that nobody's fresh socket file is removed
             self._lock = None
 
@@ -88,20 +95,29 @@ def _take_lock(path: Path, endpoint: str) -> int:
     return lock
 
 
-def _bind(socket: zmq.Socket[bytes], endpoint: str, path: Path | None) -> None:
+def _bind_file(socket: zmq.Socket[bytes], endpoint: str, path: Path) -> None:
+    """Bind a Unix socket, in place of one that a dead process left, for this user alone."""
+    umask = os.umask(0o177)  # it is nobody else's from its first moment
     try:
-        if path is not None:
-            if path.exists() and not path.is_socket():
-                raise AddressError(f"{str(path)!r} exists and is no socket; remove it or choose another address.")
-            path.unlink(missing_ok=True)
+        if path.is_socket() and (owner := socket_owner(path)) is not None:
+            by = f"the process with id {owner}" if owner else "another process"
+            raise AddressError(f"{endpoint!r} is in use by {by}; stop it, or choose another address.")
+        if path.exists() and not path.is_socket():
+            raise AddressError(f"{str(path)!r} exists and is no socket; remove it or choose another address.")
+        path.unlink(missing_ok=True)
         socket.bind(endpoint)
-        if path is not None:
-            path.chmod(0o600)
-    except zmq.ZMQError as error:
-        if error.errno == zmq.EADDRINUSE:
-            message = f"{endpoint!r} is in use by another process; stop it or choose another port."
-        else:
-            message = f"Cannot listen on {endpoint!r}: {error.strerror}; choose another address."
-        raise AddressError(message) from error
-    except OSError as error:
+    except (OSError, zmq.ZMQError) as error:
         raise AddressError(f"Cannot listen on {endpoint!r}: {error.strerror}; choose another address.") from error
+    finally:
+        os.umask(umask)
+
+
+def _bind_port(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        if error.errno != zmq.EADDRINUSE:
+            raise AddressError(f"Cannot listen on {endpoint!r}: {error.strerror}; choose another address.") from error
+        owner = port_owner(int(endpoint.rpartition(":")[2]))
+        by = "another process" if owner is None else f"the process with id {owner}"
+        raise AddressError(f"{endpoint!r} is in use by {by}; stop it or choose another port.") from error

@@ -39,6 +39,7 @@ class Group:
     def __init__(self, peer: bytes, hello: GroupHello, now: float) -> None:
         self.peer = peer
         self.name = hello.group
+        self.life = hello.life
         self.card = hello.card
         self.max_num_seqs = max(1, hello.max_num_seqs)
         self.kv_tokens = hello.kv_tokens
@@ -50,8 +51,12 @@ class Group:
         self.missing_blobs = set(hello.card.blobs.values())
         self.joined_at = self.heard_at = self.step_at = now
         self.step = 0
-        self.busy = False
         self.load: dict[str, Any] = {}
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and output together that one of its streams can have."""
+        return min(self.card.max_model_len, self.kv_tokens)
 
     @property
     def free_rows(self) -> int:
@@ -59,6 +64,10 @@ class Group:
         if self.state is not GroupState.READY or self.exclusive is not None:
             return 0
         return self.max_num_seqs - len(self.streams)
+
+    def lives_on_as(self, hello: GroupHello) -> bool:
+        """Whether it is this very process that says hello again."""
+        return bool(self.life) and self.life == hello.life
 
     def advance(self, step: int, now: float) -> None:
         """The leader reported its step counter."""
@@ -84,8 +93,7 @@ class Model:
     @property
     def context(self) -> int:
         """Most tokens of prompt and output together that some group can hold."""
-        kv = max((group.kv_tokens for group in self.groups), default=self.card.max_model_len)
-        return min(self.card.max_model_len, kv)
+        return max((group.context for group in self.groups), default=self.card.max_model_len)
 
 
 class Registry:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from headrace.broker.groups import Group
 from headrace.broker.requests import TOKEN_BYTES, Stream
 
-__all__ = ["PrefixAffinity", "choose", "is_settled", "may_continue"]
+__all__ = ["PrefixAffinity", "can_run", "choose", "is_settled"]
 
 _PREFIX_BYTES = 128 * TOKEN_BYTES  # long enough to tell system prompts apart, short enough to meet again
 
@@ -36,9 +36,10 @@ class PrefixAffinity:
             self._groups.popitem(last=False)
 
 
-def may_continue(stream: Stream, group: Group) -> bool:
-    """Whether the group's model is the one that made the stream's tokens so far."""
-    return not stream.fingerprint or stream.fingerprint == group.card.fingerprint
+def can_run(stream: Stream, group: Group) -> bool:
+    """Whether the group can hold the stream, and its model is the one that made the tokens so far."""
+    same = not stream.fingerprint or stream.fingerprint == group.card.fingerprint
+    return same and stream.job.context <= group.context
 
 
 def is_settled(group: Group, steps: int) -> bool:
@@ -48,7 +49,7 @@ def is_settled(group: Group, steps: int) -> bool:
 
 def choose(stream: Stream, groups: Sequence[Group], affinity: PrefixAffinity) -> Group | None:
     """The best of the groups with free rows: one that ran the stream, one that knows the prefix, the least loaded."""
-    fit = [group for group in groups if group.free_rows > 0 and may_continue(stream, group)]
+    fit = [group for group in groups if group.free_rows > 0 and can_run(stream, group)]
     if not fit:
         return None
     key = (stream.job.id, stream.choice)

@@ -41,16 +41,19 @@ class FairQueue:
 
     def push(self, stream: Stream) -> None:
         """A stream that never ran."""
-        owner = stream.job.owner
-        lane = self._lanes.get(owner)
-        if lane is None:
-            lane = self._lanes[owner] = OrderedDict()
-        self._enter(stream, lane)
+        self._enter(stream, self._lane_of(stream))
 
     def push_front(self, streams: Sequence[Stream]) -> None:
         """Streams that ran before, in order, ahead of all that wait."""
         for stream in reversed(streams):
             lane = self.suspects if stream.probation else self._front
+            self._enter(stream, lane)
+            lane.move_to_end(stream, last=False)
+
+    def put_back(self, streams: Sequence[Stream]) -> None:
+        """Streams that were popped in this order and found no group: each goes where it came from."""
+        for stream in reversed(streams):
+            lane = self._front if stream.have or stream.attempt else self._lane_of(stream)
             self._enter(stream, lane)
             lane.move_to_end(stream, last=False)
 
@@ -77,6 +80,13 @@ class FairQueue:
         self.tokens -= stream.job.prompt_tokens
         if not lane and lane is self._lanes.get(stream.job.owner):
             del self._lanes[stream.job.owner]
+
+    def _lane_of(self, stream: Stream) -> _Lane:
+        owner = stream.job.owner
+        lane = self._lanes.get(owner)
+        if lane is None:
+            lane = self._lanes[owner] = OrderedDict()
+        return lane
 
     def _enter(self, stream: Stream, lane: _Lane) -> None:
         assert stream.lane is None

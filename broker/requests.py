@@ -12,6 +12,7 @@ dropped from `output` before the job is: after the death of a group it is replay
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,6 @@ class Job:
         "digest",
         "ended_at",
         "error",
-        "error_sent",
         "id",
         "max_tokens",
         "model",
@@ -175,7 +175,6 @@ class Job:
         self.created_at = now
         self.ended_at: float | None = None
         self.error: HeadraceError | None = None
-        self.error_sent = False
         self.client: Connection | None = None
         self.streams: list[Stream] = []
         logprobs = sampling.get("logprobs")
@@ -185,6 +184,18 @@ class Job:
     def ended(self) -> bool:
         """Whether every choice has ended."""
         return self.ended_at is not None
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and output that one of its streams may come to."""
+        return self.prompt_tokens + self.max_tokens
+
+    @property
+    def owed(self) -> bool:
+        """Whether its reader has not confirmed all of it."""
+        if self.client is None:
+            return False
+        return self.error is not None or any(s.acked < s.have or not s.done_sent for s in self.streams)
 
     @property
     def size(self) -> int:
@@ -214,14 +225,13 @@ class JobTable:
         self.live[job.id] = job
 
     def end(self, job: Job, now: float) -> None:
-        """Keep the answer, free the prompt, forget the oldest answers if there are too many."""
+        """Keep the answer, free the prompt, forget old answers if there are too many."""
         del self.live[job.id]
         job.ended_at = now
         job.prompt = b""
         self.ended[job.id] = job
         self._ended_bytes += job.size
-        while len(self.ended) > self._max_ended or self._ended_bytes > self._max_ended_bytes:
-            self._evict()
+        self._trim()
 
     def revive(self, job: Job, prompt: bytes) -> None:
         """An ended job becomes live again: its client holds more of it than we do."""
@@ -243,16 +253,22 @@ class JobTable:
         return self._tombstones.get(id, 0)
 
     def expire(self, now: float) -> None:
-        """Forget answers older than the window."""
-        while self.ended:
-            job = next(iter(self.ended.values()))
-            assert job.ended_at is not None
-            if now - job.ended_at <= self._window:
-                return
-            self._evict()
+        """Forget answers older than the window, unless somebody still reads them."""
+        old = itertools.takewhile(lambda job: now - (job.ended_at or 0.0) > self._window, self.ended.values())
+        for job in [job for job in old if not job.owed]:
+            self._evict(job)
+        self._trim()
 
-    def _evict(self) -> None:
-        _, job = self.ended.popitem(last=False)
+    def _trim(self) -> None:
+        """Keep within the bounds; an answer on its way to a reader is not dropped, its reader has bounds of its own."""
+        while len(self.ended) > self._max_ended or self._ended_bytes > self._max_ended_bytes:
+            job = next((job for job in self.ended.values() if not job.owed), None)
+            if job is None:
+                return
+            self._evict(job)
+
+    def _evict(self, job: Job) -> None:
+        del self.ended[job.id]
         self._ended_bytes -= job.size
         if job.client is not None:
             job.client.release(job)
@@ -266,7 +282,6 @@ class JobTable:
         """Assert what must hold between events."""
         assert not self.live.keys() & self.ended.keys()
         assert self._ended_bytes == sum(job.size for job in self.ended.values())
-        assert len(self.ended) <= self._max_ended
         for job in (*self.live.values(), *self.ended.values()):
             assert job.ended == (job.id in self.ended)
             assert job.ended == (job.error is not None or all(s.finish is not None for s in job.streams))

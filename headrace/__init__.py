@@ -1,6 +1,7 @@
-"""Headrace: a multi-process GPU worker pool behind a message queue.
+"""Headrace: a multi-process GPU worker pool behind a message queue, and the library that its workers run.
 
-Importing this package is cheap: public names are loaded when first used, and none of them needs torch.
+Importing this package is cheap: public names are loaded when first used. Those of the library (`init_inference` and what
+belongs to it) need torch, those of the client do not.
 """
 
 from __future__ import annotations
@@ -15,15 +16,32 @@ if TYPE_CHECKING:
     from headrace.client import AsyncClient, Client
     from headrace.errors import HeadraceError
     from headrace.sampling import SamplingParams
+    from headrace.workers.inference import InferenceConfig, InferenceEngine, init_inference, supported_models
 
-__all__ = ["AsyncClient", "Client", "HeadraceError", "ModelCard", "SamplingParams", "__version__", "errors"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "HeadraceError",
+    "InferenceConfig",
+    "InferenceEngine",
+    "ModelCard",
+    "SamplingParams",
+    "__version__",
+    "errors",
+    "init_inference",
+    "supported_models",
+]
 
 _HOME = {
     "AsyncClient": "headrace.client",
     "Client": "headrace.client",
     "HeadraceError": "headrace.errors",
+    "InferenceConfig": "headrace.workers.inference",
+    "InferenceEngine": "headrace.workers.inference",
     "ModelCard": "headrace.card",
     "SamplingParams": "headrace.sampling",
+    "init_inference": "headrace.workers.inference",
+    "supported_models": "headrace.workers.inference",
 }
 
 

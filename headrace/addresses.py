@@ -10,17 +10,27 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from headrace.errors import AddressError
+from headrace.errors import AddressError, ConfigError
 
 __all__ = ["cache_dir", "check_bind", "client_endpoint", "is_loopback", "models_dir", "runtime_dir", "worker_endpoint"]
 
 
 def runtime_dir() -> Path:
-    """The folder of sockets and locks, made with mode 0700: $HEADRACE_RUNTIME_DIR or one below the user's own."""
+    """The folder of sockets and locks, made with mode 0700: $HEADRACE_RUNTIME_DIR or one below the user's own.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     base = os.environ.get("XDG_RUNTIME_DIR")
     default = Path(base) / "headrace" if base else cache_dir() / "run"
     path = Path(os.environ.get("HEADRACE_RUNTIME_DIR", default))
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The runtime folder {str(path)!r} cannot be made: {error.strerror}. "
+            "Set HEADRACE_RUNTIME_DIR to a folder of your own."
+        ) from error
     return path
 
 
@@ -51,9 +61,13 @@ def check_bind(endpoint: str) -> str:
     Raises:
         AddressError: it is malformed, too long for a Unix socket, or reaches beyond this machine.
     """
-    parts = urlsplit(endpoint)
-    if parts.scheme == "ipc":
+    if endpoint.startswith("ipc://"):
         path = endpoint.removeprefix("ipc://")
+        if path.startswith(("@", "*")):
+            raise AddressError(
+                f"{endpoint!r} is a socket without a file, so everybody on this machine could connect; "
+                "write ipc:///path/to.sock."
+            )
         if not 0 < len(path.encode()) <= 100:
             raise AddressError(
                 f"The socket path {path!r} is empty or longer than 100 bytes, the most a Unix socket takes; "
@@ -61,10 +75,11 @@ def check_bind(endpoint: str) -> str:
             )
         return endpoint
     try:
-        host, port = parts.hostname, parts.port
+        parts = urlsplit(endpoint)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError:
-        host = port = None
-    if parts.scheme != "tcp" or not host or port is None:
+        scheme, host, port = "", None, None
+    if scheme != "tcp" or not host or port is None:
         raise AddressError(f"{endpoint!r} is not an address; write ipc:///path/to.sock or tcp://127.0.0.1:PORT.")
     if not is_loopback(host):
         raise AddressError(

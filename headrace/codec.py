@@ -22,8 +22,14 @@ from headrace.messages import Message
 __all__ = ["BLOB_CHUNK", "MAX_BODY", "MAX_ITEMS", "decode", "encode"]
 
 MAX_BODY = 16 << 20  # bytes of one frame, either direction
-MAX_ITEMS = 1 << 18  # entries of all lists and maps of a message together: a bomb of empty maps costs 70 bytes each
+MAX_ITEMS = 1 << 18  # values in a message, of all depths together: a bomb of empty maps costs 70 bytes each
 BLOB_CHUNK = 1 << 20  # bytes of a blob in one message
+
+_MAX_DEPTH = 16
+_UNSEEN = 64 << 10  # bytes that can hold no bomb worth the name
+_UNSEEN_SLOTS = 4 << 20  # array slots of 8 bytes that nested headers may claim
+
+_PLAIN_TYPES = frozenset({str, int, float, bool, bytes, type(None)})
 
 _Reader = Callable[[Any, str], Any]
 
@@ -32,12 +38,15 @@ def encode(message: Message) -> list[bytes]:
     """The frames of a message.
 
     Raises:
-        ProtocolError: the message is larger than a peer will take.
+        ProtocolError: the message is larger than a peer will take, or holds what msgpack cannot say.
     """
-    body = _packer().pack(_plain(message))
+    try:
+        body = _packer().pack(_plain(message))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ProtocolError(f"A {type(message).__name__} message cannot be written: {error}.") from error
     if len(body) > MAX_BODY:
         raise ProtocolError(
-            f"A {type(message).__name__} message of {len(body):,} bytes exceeds the limit of {MAX_BODY:,}; send less at once."
+            f"A {type(message).__name__} message of {len(body):,} bytes exceeds the limit of {MAX_BODY:,}; send less."
         )
     return [type(message).__name__.encode(), body]
 
@@ -61,29 +70,67 @@ def decode(frames: Sequence[bytes], allowed: tuple[type[Any], ...]) -> Any:
 
 
 def _unpack(body: bytes, name: str) -> Any:
-    budget = MAX_ITEMS
-
-    def count(items: Any) -> Any:
-        nonlocal budget
-        budget -= len(items) + 1
-        if budget < 0:
-            raise ProtocolError(f"A {name} body has more than {MAX_ITEMS:,} entries.")
-        return items
-
+    # msgpack sets arrays up before it reads them, so nested headers cost memory whether or not their values follow. To
+    # look at every value is dear, so a small body goes without if it holds few bytes that could be such headers.
+    if len(body) > _UNSEEN or (body.count(b"\xdc") + body.count(b"\xdd")) * len(body) > _UNSEEN_SLOTS:
+        _survey(body, name)
     try:
-        return msgpack.unpackb(
-            body,
-            list_hook=count,
-            object_hook=count,
-            ext_hook=_refuse_ext,
-            strict_map_key=True,
-            max_array_len=MAX_ITEMS,
-            max_map_len=4096,
-        )
+        return msgpack.unpackb(body, ext_hook=_refuse_ext, strict_map_key=True)
     except ProtocolError:
         raise
     except Exception as error:
         raise ProtocolError(f"A {name} body is not valid msgpack: {type(error).__name__}: {error}.") from error
+
+
+def _survey(body: bytes, name: str) -> None:
+    """Walk over a body without building anything; refuse it if it holds more or deeper values than a message may."""
+    left = 1  # values to come at this depth
+    outer: list[int] = []  # and at those around it
+    count = position = 0
+    try:
+        while left or outer:
+            if not left:
+                left = outer.pop()
+                continue
+            left -= 1
+            count += 1
+            head = body[position]
+            width, children, length = _HEADS[head]
+            position += 1
+            if width:  # what follows is a size
+                size = int.from_bytes(body[position : position + width], "big")
+                position += width
+                children, length = children * size, length * size
+            position += length
+            if children:
+                outer.append(left)
+                left = children
+            if count + left > MAX_ITEMS:
+                raise ProtocolError(f"A {name} body has more than {MAX_ITEMS:,} entries.")
+            if len(outer) > _MAX_DEPTH or head in _NEVER:
+                raise ProtocolError(f"A {name} body is nested too deeply or holds types that no message has.")
+    except IndexError:
+        raise ProtocolError(f"A {name} body ends too early.") from None
+
+
+def _heads() -> list[tuple[int, int, int]]:
+    """By first byte of a value: bytes of its size, values and bytes that follow (or that many per unit of the size)."""
+    heads = [(0, 0, 0)] * 256
+    for n in range(16):
+        heads[0x80 + n], heads[0x90 + n] = (0, 2 * n, 0), (0, n, 0)
+    for n in range(32):
+        heads[0xA0 + n] = (0, 0, n)
+    for power in range(3):
+        heads[0xC4 + power] = heads[0xD9 + power] = (1 << power, 0, 1)  # bin, str
+    for power in range(4):
+        heads[0xCC + power] = heads[0xD0 + power] = (0, 0, 1 << power)  # unsigned, signed
+    heads[0xCA], heads[0xCB] = (0, 0, 4), (0, 0, 8)  # float
+    heads[0xDC], heads[0xDD], heads[0xDE], heads[0xDF] = (2, 1, 0), (4, 1, 0), (2, 2, 0), (4, 2, 0)  # array, map
+    return heads
+
+
+_HEADS = _heads()
+_NEVER = frozenset({0xC1, 0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9)})  # unused, extension types
 
 
 def _refuse_ext(code: int, data: bytes) -> None:
@@ -96,19 +143,20 @@ def _packer() -> msgpack.Packer:
 
 
 @cache
-def _kinds(allowed: tuple[type[Any], ...]) -> dict[bytes, type[Any]]:
+def _kinds(allowed: tuple[type[Any], ...]) -> dict[bytes, Any]:
     return {cls.__name__.encode(): cls for cls in allowed}
 
 
 @cache
-def _field_names(cls: type[Any]) -> tuple[str, ...]:
+def _field_names(cls: Any) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls))
 
 
 def _plain(value: Any) -> Any:
     """Dataclasses become maps; a tuple of dataclasses a list of maps; the rest msgpack packs as it is."""
     if dataclasses.is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in _field_names(type(value))}
+        cls: Any = type(value)
+        return {name: _plain(getattr(value, name)) for name in _field_names(cls)}
     if type(value) is tuple and value and dataclasses.is_dataclass(value[0]):
         return [_plain(item) for item in value]
     return value
@@ -118,11 +166,13 @@ def _plain(value: Any) -> Any:
 def _reader(annotation: Any) -> _Reader:
     """A function that checks a decoded value against an annotation and builds what it names."""
     if annotation is Any:
-        return lambda value, where: value
-    if dataclasses.is_dataclass(annotation):
-        return _dataclass_reader(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, tuple):
-        return _named_tuple_reader(annotation)
+        return _read_any
+    if isinstance(annotation, type):
+        if dataclasses.is_dataclass(annotation):
+            return _dataclass_reader(annotation)
+        if issubclass(annotation, tuple):
+            return _named_tuple_reader(annotation)
+        return _scalar_reader(annotation)
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is tuple:
         return _tuple_reader(_reader(args[0]))
@@ -131,7 +181,21 @@ def _reader(annotation: Any) -> _Reader:
     if origin in (typing.Union, types.UnionType):
         inner = _reader(next(arg for arg in args if arg is not type(None)))
         return lambda value, where: None if value is None else inner(value, where)
-    return _scalar_reader(origin or annotation)
+    assert isinstance(origin, type)  # list[Any]: its entries are checked by who uses them
+    return _scalar_reader(origin)
+
+
+def _read_any(value: Any, where: str) -> Any:
+    """Whatever msgpack itself can say: it makes objects of timestamps, past our refusal of extensions."""
+    if type(value) is list:
+        for entry in value:
+            _read_any(entry, where)
+    elif type(value) is dict:
+        for entry in value.values():
+            _read_any(entry, where)
+    elif type(value) not in _PLAIN_TYPES:
+        raise ProtocolError(f"{where} holds a {type(value).__name__}, which is not part of the protocol.")
+    return value
 
 
 def _scalar_reader(wanted: type[Any]) -> _Reader:

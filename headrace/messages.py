@@ -338,6 +338,7 @@ class GroupHello:
         max_num_seqs: streams it runs at once.
         kv_tokens: tokens its KV cache holds.
         running: streams whose KV it still holds from an earlier connection: a hint for placement, not a claim.
+        life: names this run of its process: who comes back under the same one lost a connection and did not die.
     """
 
     group: str
@@ -346,6 +347,7 @@ class GroupHello:
     kv_tokens: int
     version: int = PROTOCOL_VERSION
     running: tuple[StreamId, ...] = ()
+    life: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

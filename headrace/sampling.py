@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
+from typing import Any
 
 from headrace.errors import InvalidRequestError
 
@@ -14,6 +15,7 @@ __all__ = ["MAX_LOGIT_BIAS", "MAX_LOGPROBS", "MAX_N", "MAX_STOP", "MAX_STOP_LENG
 MAX_N = 16
 MAX_STOP = 16
 MAX_STOP_LENGTH = 1024  # characters of one stop string
+MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**64 - 1
@@ -79,6 +81,8 @@ class SamplingParams:
         if self.seed is not None:
             _check_int("seed", self.seed, 0, MAX_SEED)
         _check_int("n", self.n, 1, MAX_N)
+        if type(self.ignore_eos) is not bool:
+            raise _bad("ignore_eos", self.ignore_eos, "true or false")
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         self._check_stops()
@@ -86,18 +90,19 @@ class SamplingParams:
 
     def _check_stops(self) -> None:
         given: object = self.stop  # people write one string or a list
-        stop = (given,) if isinstance(given, str) else tuple(self.stop)
+        stop = _as_tuple("stop", (given,) if isinstance(given, str) else given, "a list of strings")
         if len(stop) > MAX_STOP:
             raise _bad("stop", f"{len(stop)} strings", f"at most {MAX_STOP} strings")
         for text in stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise _bad("stop", text, f"strings of 1 to {MAX_STOP_LENGTH} characters")
         object.__setattr__(self, "stop", stop)
-        if len(self.stop_token_ids) > 64:
-            raise _bad("stop_token_ids", self.stop_token_ids, "at most 64 token ids")
-        for token in self.stop_token_ids:
+        ids = _as_tuple("stop_token_ids", self.stop_token_ids, "a list of token ids")
+        if len(ids) > MAX_STOP_IDS:
+            raise _bad("stop_token_ids", ids, f"at most {MAX_STOP_IDS} token ids")
+        for token in ids:
             _check_int("stop_token_ids", token, 0, MAX_TOKEN_ID)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", ids)
 
     def _check_logit_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_LOGIT_BIAS:
@@ -147,13 +152,19 @@ def _bad(name: str, value: object, wanted: str) -> InvalidRequestError:
     return InvalidRequestError(f"{name} is {shown[:80]}; give {wanted}.", param=name)
 
 
+def _as_tuple(name: str, value: object, wanted: str) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable):
+        raise _bad(name, value, wanted)
+    return tuple(value)
+
+
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise _bad(name, value, f"a whole number from {low} to {high}")
 
 
 def _check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not low <= number <= high or (open_low and number == low):  # also false for what is not a number
         bounds = f"above {low} up to {high}" if open_low else f"from {low} to {high}"
         raise _bad(name, value, f"a number {bounds}")
