@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from headrace.client.events import Ended, Failed, NewTokens, News
+from headrace.client.events import Ended, Failed, News, NewTokens
 from headrace.client.prepare import Prepared
 from headrace.client.stops import StopFinder
 from headrace.client.text import Text

@@ -39,7 +39,7 @@ class Catalog:
         self._cards: dict[str, ModelCard] = {}
         self._asked_at: float | None = None
         self._texts: dict[tuple[str, str], Text] = {}
-        self._lock = threading.Lock()  # one question, not one per waiting thread
+        self._lock = threading.Lock()  # a tokenizer is loaded once, not once per waiting thread
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -67,11 +67,12 @@ class Catalog:
             UnknownModelError: none of that name is served; names the nearest.
             UnavailableError: no model is served at all.
         """
+        if (known := self.known_text(model)) is not None:
+            return known
+        # Every thread asks for itself, so that none waits for another's timeout; the session asks the broker but once.
+        card = self._card(model)
+        key = (card.name, card.fingerprint)
         with self._lock:
-            if (known := self.known_text(model)) is not None:
-                return known
-            card = self._card(model)
-            key = (card.name, card.fingerprint)
             if key not in self._texts:
                 while len(self._texts) >= _MAX_TEXTS:
                     del self._texts[next(iter(self._texts))]
@@ -97,7 +98,7 @@ class Catalog:
     def _load(self, card: ModelCard) -> Text:
         if TOKENIZER not in card.blobs:
             raise ModelFilesError(
-                f"The model {card.name} has no {TOKENIZER}, so no text can be made of its tokens; add the file to its folder."
+                f"The model {card.name} has no {TOKENIZER}, so its tokens make no text; add the file to its folder."
             )
         names = [name for name in (TOKENIZER, CHAT_TEMPLATE) if name in card.blobs]
         return Text(card, {name: self._blob(card.blobs[name]) for name in names})

@@ -65,16 +65,23 @@ class Detokenizer:
         out = text[len(before) :] if text.startswith(before) else self._decode(self._pending[:cut])
         self._shown, self._pending = _usable_tail(self._tokenizer, self._pending[:cut]), self._pending[cut:]
         self._stream = self._new_stream(ids=self._shown, skip_special_tokens=True)
-        if self._pending and (text := self._stream.step(self._tokenizer, self._pending)) is not None:
-            self._shown, self._pending = self._pending, []
-            out += text
-        return out
+        more = self._stream.step(self._tokenizer, self._pending) if self._pending else None
+        if more is None:
+            return out
+        self._shown, self._pending = self._pending, []
+        return out + more
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _usable_tail(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """The end of the prompt, if its text is whole: DecodeStream would give out a tail that ends inside a character."""
-    tail = [int(token) for token in prompt[-_PRIME:]]
-    return [] if tokenizer.decode(tail, skip_special_tokens=True).endswith("\N{REPLACEMENT CHARACTER}") else tail
+    """The end of the prompt, if its text is whole: DecodeStream would give out a tail that ends inside a character.
+
+    One that begins inside a character may look so too, hence the longer ones.
+    """
+    for size in range(_PRIME, _PRIME + 4):
+        tail = [int(token) for token in prompt[-size:]]
+        if not tokenizer.decode(tail, skip_special_tokens=True).endswith("\N{REPLACEMENT CHARACTER}"):
+            return tail
+    return []

@@ -3,7 +3,7 @@
     in    Start Drop Ask Close (the caller)   Received LinkFailed (the socket)   Tick (the clock)
     out   Connect Disconnect Send (to the socket)   Emit (to the caller): NewTokens Ended Failed Answer
 
-A ticket is the caller's name for one request or question; it stays the same when a request is tried again under a new id.
+A ticket is the caller's name for one request or question; it stays when a request is tried again under a new id.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The session's record of one request under way: what the broker was told, what came back. It decides nothing."""
+"""The session's record of requests under way: what the broker was told, what came back. It decides nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 from headrace.client.events import Spec
 from headrace.messages import Ack, Request, pack_tokens
 
-__all__ = ["Choice", "Flight"]
+__all__ = ["Choice", "Flight", "Flights"]
 
 
 class Choice:
@@ -128,3 +128,48 @@ class Flight:
         self.resume_at = self.since = then
         for choice in self.choices:
             choice.attempt = 0
+
+
+class Flights:
+    """All requests under way, by the caller's name for them and by the broker's."""
+
+    def __init__(self) -> None:
+        self._by_ticket: dict[int, Flight] = {}
+        self._by_id: dict[bytes, Flight] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_ticket)
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(list(self._by_ticket.values()))
+
+    def add(self, flight: Flight) -> None:
+        """One more."""
+        self._by_ticket[flight.ticket] = self._by_id[flight.id] = flight
+
+    def get(self, ticket: int) -> Flight | None:
+        """The one of this ticket."""
+        return self._by_ticket.get(ticket)
+
+    def find(self, id: bytes) -> Flight | None:
+        """The one that the broker calls so."""
+        return self._by_id.get(id)
+
+    def remove(self, flight: Flight) -> None:
+        """It is over."""
+        del self._by_ticket[flight.ticket]
+        del self._by_id[flight.id]
+
+    def postpone(self, flight: Flight, then: float, random: Random) -> None:
+        """Try it again at that time, under a new name."""
+        del self._by_id[flight.id]
+        flight.wait_until(then, random)
+        self._by_id[flight.id] = flight
+
+    def validate(self) -> None:
+        """Assert what must hold between events."""
+        assert len(self._by_id) == len(self._by_ticket)
+        for ticket, flight in self._by_ticket.items():
+            assert flight.ticket == ticket
+            assert self._by_id[flight.id] is flight
+            assert not all(choice.ended for choice in flight.choices)

@@ -152,5 +152,5 @@ def _is_name(key: Any, value: Any) -> bool:
 
 
 def _key(key: Any, change: Callable[[str], str]) -> Any:
-    # Templates look fields up by name, and a name never holds a control text; a parameter of a tool may be named anything.
+    # Templates look fields up by name, and a name never holds a control text; a tool's parameter may be named anything.
     return key if not isinstance(key, str) or key.isidentifier() else change(key)

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import length_hint
 from typing import Any
 
 from headrace.card import ModelCard
@@ -49,10 +50,12 @@ class Wish:
 
     @property
     def size(self) -> int:
-        """Characters to tokenize, roughly: long texts are better tokenized off an event loop."""
+        """Characters to tokenize or ids to check, roughly: much of it is better done off an event loop."""
         if self.prompt is not None:
             return len(self.prompt)
-        return sum(len(str(message)) for message in self.messages or ())
+        if self.messages is not None:
+            return len(str(self.messages))
+        return length_hint(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,8 +143,12 @@ def _prompt(wish: Wish, text: Text) -> Sequence[int]:
     return _checked_ids(wish.token_ids, text.card.vocab_size)
 
 
-def _checked_ids(ids: Iterable[Any], vocab_size: int) -> list[int]:
-    checked = []
+def _checked_ids(ids: object, vocab_size: int) -> list[int]:
+    checked: list[int] = []
+    if not isinstance(ids, Iterable):
+        raise InvalidRequestError(
+            f"token_ids is {type(ids).__name__}; give a list of whole numbers.", param="token_ids"
+        )
     for number, token in enumerate(ids):
         # Whatever counts as a whole number may come, from numpy or torch too; floats and strings may not.
         try:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from headrace.card import ModelCard
-from headrace.client.assemble import Assembler
-from headrace.client.core import Core, Inbox, Reading
+from headrace.client.batch import Batch
+from headrace.client.core import Core, Face, Reading
 from headrace.client.events import News
+from headrace.client.inbox import Inbox
 from headrace.client.map import Window, item_wish
 from headrace.client.prepare import Prepared, Wish
-from headrace.client.text import Text
-from headrace.client.types import Completion, Delta, MapItem, Timeouts
-from headrace.errors import HeadraceError, InvalidRequestError
+from headrace.client.types import Completion, Delta, MapItem
 from headrace.messages import GetStatus
-from headrace.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from headrace.card import ModelCard
+    from headrace.client.text import Text
+    from headrace.sampling import SamplingParams
 
 __all__ = ["Client", "Stream"]
 
-_TIMEOUTS = Timeouts()
 
-
-class Client:
+class Client(Face):
     """A connection to a Headrace broker.
 
     It connects when first used, again whenever the broker went away, and ends with `close` or its `with` block.
@@ -38,14 +36,6 @@ class Client:
         timeouts: how long to wait for what.
         retries: how often to try again before the first token; after it a request is resumed, never begun again.
     """
-
-    def __init__(self, endpoint: str | None = None, *, timeouts: Timeouts = _TIMEOUTS, retries: int = 2) -> None:
-        self._core = Core(endpoint, timeouts, retries)
-        # Also at the end of the program: the thread must have gone before the interpreter takes itself apart.
-        self._finalizer = weakref.finalize(self, self._core.close)
-
-    def __repr__(self) -> str:
-        return f"<Client of {self._core.endpoint}{'' if self._finalizer.alive else ', closed'}>"
 
     def __enter__(self) -> Client:
         return self
@@ -123,7 +113,7 @@ class Client:
             settings=settings,
         )
         self._core.transport.check()
-        return Stream(self, self._core, self._core.prepare(wish, self._core.catalog.text(model)))
+        return Stream(self, self._core, self._core.prepare(wish))
 
     def map(
         self,
@@ -148,7 +138,9 @@ class Client:
         options = {"model": model, "sampling": sampling, "timeout": timeout, "settings": settings}
         item_wish("", options)  # says what is wrong with the options now, not at the first result
         self._core.transport.check()
-        return _results(self, self._core, iter(prompts), Window(concurrency, ordered=ordered), options)
+        inbox: Inbox[tuple[int, News]] = Inbox()
+        batch = Batch(self._core, iter(prompts), Window(concurrency, ordered=ordered), options, inbox)
+        return _results(self, batch, model, inbox)
 
     def models(self) -> list[ModelCard]:
         """The cards of the models that are served now."""
@@ -168,9 +160,8 @@ class Stream(Reading):
     """An answer while it is made: an iterator of Delta, and a context manager. Closing it cancels the request."""
 
     def __init__(self, client: Client, core: Core, prepared: Prepared) -> None:
-        super().__init__(core)
-        self._client = client  # keeps the connection while somebody reads
-        self._inbox = Inbox()
+        super().__init__(client, core)
+        self._inbox: Inbox[News | None] = Inbox()
         self._launch(prepared, self._inbox)
 
     def __enter__(self) -> Stream:
@@ -185,17 +176,15 @@ class Stream(Reading):
         return self
 
     def __next__(self) -> Delta:
-        try:
-            while not self._deltas:
-                if self._over():
-                    raise StopIteration
+        while (delta := self._next()) is None:
+            if self._over():
+                raise StopIteration
+            try:
                 self._take(self._inbox.get())
-        except StopIteration:
-            raise
-        except BaseException:  # Ctrl-C above all: nobody will read on
-            self._cancel()
-            raise
-        return self._deltas.popleft()
+            except BaseException:  # Ctrl-C above all: nobody will read on
+                self._finish(self._inbox)
+                raise
+        return delta
 
     def text_iter(self) -> Iterator[str]:
         """The text only, of the first choice."""
@@ -215,94 +204,17 @@ class Stream(Reading):
 
     def close(self) -> None:
         """Cancel the request if it has not ended; harmless when repeated."""
-        self._finish()
+        self._finish(self._inbox)
 
 
-class _Tagged:
-    """A sink that many items share."""
-
-    loop = None
-
-    def __init__(self, index: int, queue: SimpleQueue[tuple[int, News]]) -> None:
-        self._index = index
-        self._queue = queue
-
-    def put(self, news: News) -> None:
-        self._queue.put((self._index, news))
-
-
-def _results(
-    client: Client, core: Core, prompts: Iterator[Any], window: Window, options: Mapping[str, Any]
-) -> Iterator[MapItem]:
-    core.catalog.text(str(options["model"]))
-    queue: SimpleQueue[tuple[int, News]] = SimpleQueue()
-    running: dict[int, tuple[int, Assembler]] = {}  # by index: ticket and what came
-    more = True
+def _results(client: Client, batch: Batch, model: str, inbox: Inbox[tuple[int, News]]) -> Iterator[MapItem]:
+    """The items of a map; `client` keeps the connection while somebody reads."""
+    client.text(model)
     try:
-        while True:
-            if more:
-                more = _refill(core, prompts, window, options, queue, running)
-            yield from window.ready()
-            if window.empty:
-                if not more:
-                    return
-                continue
-            if running and (not more or not window.room):
-                for index, news in _waiting(queue):
-                    _settle(core, window, running, index, news)
+        while not batch.over:
+            batch.launch(batch.prepare(batch.take()))
+            yield from batch.ready()
+            for index, news in inbox.get_all(wait=batch.waits):
+                batch.settle(index, news)
     finally:
-        for ticket, _ in running.values():
-            core.transport.drop(ticket)
-        del client
-
-
-def _refill(
-    core: Core,
-    prompts: Iterator[Any],
-    window: Window,
-    options: Mapping[str, Any],
-    queue: SimpleQueue[tuple[int, News]],
-    running: dict[int, tuple[int, Assembler]],
-) -> bool:
-    """Start as many items as there is room for, in one message; False once there are no more prompts."""
-    batch: list[tuple[int, Prepared]] = []
-    more = True
-    for _ in range(window.room):
-        try:
-            prompt = next(prompts)
-        except StopIteration:
-            more = False
-            break
-        index = window.start(prompt)
-        try:
-            batch.append((index, core.prepare(item_wish(prompt, options), core.catalog.text(str(options["model"])))))
-        except HeadraceError as error:
-            window.finish(index, error)
-        except (TypeError, ValueError, OverflowError) as error:
-            window.finish(index, InvalidRequestError(f"The item cannot be used: {error}.", param="prompts"))
-    tickets = core.launch([(prepared, _Tagged(index, queue)) for index, prepared in batch]) if batch else []
-    running.update(
-        {index: (ticket, Assembler(prepared)) for (index, prepared), ticket in zip(batch, tickets, strict=True)}
-    )
-    return more
-
-
-def _waiting(queue: SimpleQueue[tuple[int, News]]) -> Iterator[tuple[int, News]]:
-    """What came, at least one."""
-    yield queue.get()
-    while True:
-        try:
-            yield queue.get_nowait()
-        except Empty:
-            return
-
-
-def _settle(core: Core, window: Window, running: dict[int, tuple[int, Assembler]], index: int, news: News) -> None:
-    if index not in running:
-        return  # a stop string ended it already
-    ticket, assembler = running[index]
-    assembler.feed(news)
-    if assembler.done:
-        del running[index]
-        core.transport.drop(ticket)
-        window.finish(index, assembler.error or assembler.completion())
+        batch.close()

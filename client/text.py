@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.card import CHAT_TEMPLATE, TOKENIZER, ModelCard
 from headrace.client.detokenizer import Detokenizer
 from headrace.client.markers import Markers, check_roles
-from headrace.client.template import ChatTemplate
+from headrace.client.template import ChatTemplate, plain
 from headrace.errors import InvalidRequestError, ModelFilesError
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class Text:
     def __init__(self, card: ModelCard, files: Mapping[str, bytes]) -> None:
         self.card = card
         self._tokenizer = _load_tokenizer(files[TOKENIZER])
-        source = files.get(CHAT_TEMPLATE)
-        self._template = ChatTemplate(source.decode()) if source is not None else None
-        self._markers = _markers(self._tokenizer, card, source.decode() if source is not None else "")
+        source = _load_template(files)
+        self._template = ChatTemplate(source) if source is not None else None
+        self._markers = _markers(self._tokenizer, card, source or "")
         self._bytes_of = _byte_reader(self._tokenizer)
 
     def __repr__(self) -> str:
@@ -76,9 +76,10 @@ class Text:
         Raises:
             InvalidRequestError: the model has no template, or it cannot render these messages.
         """
-        plain = _messages(messages)
-        check_roles(plain)
-        return self._rendered(plain, tools, {"add_generation_prompt": add_generation_prompt, **variables})
+        chat = _messages(messages)
+        check_roles(chat)
+        settings = {"add_generation_prompt": add_generation_prompt, **plain(variables, "variables")}
+        return self._rendered(chat, plain(tools, "tools"), settings)
 
     def encode_chat(
         self,
@@ -93,9 +94,10 @@ class Text:
         Raises:
             InvalidRequestError: the model has no template, or it cannot render these messages.
         """
-        plain, rest, mark = self._markers.mark(_messages(messages), {"tools": tools, "variables": variables})
+        rest = {"tools": plain(tools, "tools"), "variables": plain(variables, "variables")}
+        chat, rest, mark = self._markers.mark(_messages(messages), rest)
         settings = {"add_generation_prompt": add_generation_prompt, **rest["variables"]}
-        rendered = self._rendered(plain, rest["tools"], settings)
+        rendered = self._rendered(chat, rest["tools"], settings)
         pieces = rendered.split(mark) if mark else [rendered]
         return [token for piece in pieces for token in self._tokenizer.encode(piece, add_special_tokens=False).ids]
 
@@ -120,21 +122,27 @@ class Text:
 
 def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Checked copies; content given as a list of text parts becomes one string, which every template can print."""
-    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
+    given: object = messages
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence) or not messages:
         raise InvalidRequestError(
             'messages must be a list such as [{"role": "user", "content": "Hello"}], and not empty.', param="messages"
         )
-    plain = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InvalidRequestError(f"messages[{number}] must be a map with role and content.", param="messages")
+    chat: list[dict[str, Any]] = []
+    for number, given_message in enumerate(messages):
+        name = f"messages[{number}]"
+        try:
+            message = plain(given_message, name)
+        except RecursionError:
+            raise InvalidRequestError(f"{name} is nested too deeply.", param="messages") from None
+        if not isinstance(message, dict):
+            raise InvalidRequestError(f"{name} must be a map with role and content.", param="messages")
         content = message.get("content")
         if isinstance(content, list) and all(_is_text_part(part) for part in content):
-            message = {**message, "content": "".join(part["text"] for part in content)}
+            message["content"] = "".join(part["text"] for part in content)
         elif content is not None and not isinstance(content, str | list):
-            raise InvalidRequestError(f"messages[{number}].content must be a string.", param="messages")
-        plain.append(dict(message))
-    return plain
+            raise InvalidRequestError(f"{name}.content must be a string.", param="messages")
+        chat.append(message)
+    return chat
 
 
 def _is_text_part(part: Any) -> bool:
@@ -152,6 +160,13 @@ def _load_tokenizer(content: bytes) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _load_template(files: Mapping[str, bytes]) -> str | None:
+    try:
+        return files[CHAT_TEMPLATE].decode() if CHAT_TEMPLATE in files else None
+    except UnicodeDecodeError as error:
+        raise ModelFilesError(f"The model's {CHAT_TEMPLATE} is not UTF-8: {error}.") from error
 
 
 def _markers(tokenizer: Tokenizer, card: ModelCard, template: str) -> Markers:
@@ -202,7 +217,7 @@ def _types(state: Any) -> Iterable[str]:
 
 @functools.cache
 def _byte_letters() -> dict[str, int]:
-    """Letter -> byte in byte-level vocabularies: printable Latin-1 bytes stand for themselves, the rest for U+0100 on."""
+    """Letter -> byte of byte-level vocabularies: printable Latin-1 stands for itself, U+0100 and on for the rest."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

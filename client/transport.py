@@ -49,7 +49,9 @@ _LINGER_MS = 250  # for the last cancels when the client closes
 class Sink(Protocol):
     """Where news of one ticket go: called in `loop`, or in the transport's thread if that is None."""
 
-    loop: asyncio.AbstractEventLoop | None
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop of the reader."""
 
     def put(self, news: News) -> None:
         """Take news; must not block or raise."""
@@ -91,18 +93,26 @@ class Transport:
             self._wishes.append(Drop(ticket))
             self._ring()
 
-    def close(self) -> None:
-        """Cancel everything and end the thread. Harmless when repeated."""
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more wishes."""
+        return self._closed
+
+    def stop(self) -> None:
+        """Cancel everything and let the thread end. Harmless when repeated."""
         if os.getpid() != self._pid:
             return  # the thread and the socket belong to the parent process
         with self._starting:
             self._closed = True
-            thread = self._thread
-        if thread is not None:
-            self._wishes.append(Close())
-            self._ring()
-            if thread is not threading.current_thread():  # the last reference may go in a sink
-                thread.join()
+        self._wishes.append(Close())
+        self._ring()
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        thread = self._thread
+        # The last reference to a client may go in a sink, and that runs in the thread itself.
+        if os.getpid() == self._pid and thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def check(self) -> None:
         """Refuse to work where it cannot.
