@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from headrace._version import __version__
@@ -29,13 +30,23 @@ def create_app(client: AsyncClient, settings: GatewaySettings | None = None) -> 
     settings = settings or GatewaySettings()
     # The documentation pages of FastAPI load scripts from elsewhere; the schema itself stays.
     app = FastAPI(title="Headrace", version=__version__, docs_url=None, redoc_url=None)
-    app.state.gateway = Gateway(client, settings)
+    app.state.gateway = gateway = Gateway(client, settings)
     app.state.decode_probe = health.LastProbe()
     errors.install(app)
     for part in (chat, completions, generate, health, page):
         app.include_router(part.router)
-    app.add_api_route("/metrics", metrics, methods=["GET", "HEAD"], tags=["Health"])
-    app.add_middleware(Limits, settings=settings, metrics=app.state.gateway.metrics)
+    app.add_api_route("/metrics", metrics, methods=["GET"], tags=["Health"])
+    app.add_api_route("/metrics", metrics, methods=["HEAD"], include_in_schema=False)
+    app.add_middleware(Limits, gateway=gateway)
+    if settings.allowed_origins:
+        # Around the limits: a browser asks without a key first, and shows an error only if it is allowed to read it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["retry-after", "x-request-id", "x-should-retry"],
+        )
     return app
 
 

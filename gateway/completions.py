@@ -24,7 +24,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     gateway = gateway_of(request)
     prompts = body.prompts()
     sampling = body.sampling()
-    card = await gateway.catalog.find(body.model)
+    card = await gateway.card(body.model)
     inputs: list[dict[str, Any]] = [
         {"prompt": prompt} if isinstance(prompt, str) else {"token_ids": prompt} for prompt in prompts
     ]

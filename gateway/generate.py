@@ -45,8 +45,8 @@ class GenerateRequest(GenerationBody):
             if value < 1:
                 raise InvalidRequestError(f"{name} is {value}; give a whole number from 1.", param=name)
         settings["max_tokens"] = next(iter(given.values()), _DEFAULT_TOKENS)
-        for name in ("stream", "n"):
-            if getattr(self, name) not in (None, False, 1):
+        for name, wanted in (("stream", self.stream), ("n", self.n not in (None, 1))):
+            if wanted:
                 raise InvalidRequestError(f"/generate has no {name}; use /v1/completions for it.", param=name)
         return settings
 
@@ -57,7 +57,7 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     if not body.prompt:
         raise InvalidRequestError("prompt is empty; give some text.", param="prompt")
     sampling = body.sampling()
-    card = await gateway_of(request).catalog.find(body.model)
+    card = await gateway_of(request).card(body.model)
     completion = (await run_whole(request, Job(card=card, inputs=[{"prompt": body.prompt}], sampling=sampling)))[0]
     return JSONAnswer(
         {

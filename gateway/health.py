@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from headrace._version import __version__
-from headrace.errors import HeadraceError, RequestTimeoutError
+from headrace.errors import HeadraceError, RequestTimeoutError, UnavailableError
 from headrace.gateway.errors import JSONAnswer, as_headrace_error, error_body
 from headrace.gateway.state import Gateway, gateway_of
 
@@ -22,19 +22,21 @@ __all__ = ["LastProbe", "router"]
 
 router = APIRouter(tags=["Health"])
 
-_BOTH = ["GET", "HEAD"]
 _PROBE_TIMEOUT = 3.0  # a probe that hangs tells its caller nothing
 _DECODE_TIMEOUT = 10.0
 _DECODE_FRESH = 15.0
+_NO_MODEL = "No worker group is ready yet; models may still be loading."
 
 
-@router.api_route("/health", methods=_BOTH)
+@router.head("/health", include_in_schema=False)
+@router.get("/health")
 async def health() -> Response:
     """The process lives."""
     return JSONAnswer({"status": "ok", "version": __version__})
 
 
-@router.api_route("/ready", methods=_BOTH)
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready")
 async def ready(request: Request) -> Response:
     """At least one model can answer; 503 with the reason otherwise."""
     gateway = gateway_of(request)
@@ -42,13 +44,13 @@ async def ready(request: Request) -> Response:
         return _not_ready("draining", "The gateway is shutting down; send requests elsewhere.")
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT):
-            cards = await gateway.catalog.cards(fresh=True)
+            cards = await gateway.client.models()
     except TimeoutError:
         return _not_ready("no_broker", f"The broker did not answer within {_PROBE_TIMEOUT:g} seconds; is it running?")
     except HeadraceError as error:
         return _not_ready(error.code, error.message)
     if not cards:
-        return _not_ready("no_model", "No worker group is ready yet; models may still be loading.")
+        return _not_ready("no_model", _NO_MODEL)
     return JSONAnswer({"status": "ready", "models": [card.name for card in cards]})
 
 
@@ -67,7 +69,8 @@ class LastProbe:
     error: HeadraceError | None = None
 
 
-@router.api_route("/health/decode", methods=_BOTH)
+@router.head("/health/decode", include_in_schema=False)
+@router.get("/health/decode")
 async def decode(request: Request) -> Response:
     """A model makes a token; asked of each at most every few seconds."""
     gateway = gateway_of(request)
@@ -86,10 +89,11 @@ async def _probe(gateway: Gateway) -> HeadraceError | None:
     settings: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0}
     try:
         async with asyncio.timeout(_DECODE_TIMEOUT):
-            for card in await gateway.catalog.cards(fresh=True):
+            cards = await gateway.client.models()
+            for card in cards:
                 await gateway.client.generate("a", model=card.name, **settings)
     except TimeoutError:
         return RequestTimeoutError(f"No token came within {_DECODE_TIMEOUT:g} seconds.")
     except Exception as error:
         return as_headrace_error(error)
-    return None
+    return None if cards else UnavailableError(_NO_MODEL)

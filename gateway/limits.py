@@ -1,7 +1,8 @@
 """The gateway's door: what every request must pass before any route sees it, and what every response carries.
 
-In this order: request id, headers' size, Host, Origin, key, number in work, media type, body's size and pace. All of it
-is decided from the ASGI scope alone (never from a URL that a header can rewrite), and what is not allowed is refused.
+In this order: request id, headers' size, Host, Origin, key, draining, number in work, media type, body's size and pace.
+All of it is decided from the ASGI scope alone (never from a URL that a header can rewrite), and what is not allowed is
+refused.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.errors import HeadraceError, OverloadedError
+from headrace.errors import HeadraceError, OverloadedError, UnavailableError
 from headrace.gateway.errors import ApiError, as_headrace_error, error_response
-from headrace.gateway.metrics import Metrics
-from headrace.gateway.settings import GatewaySettings
 from headrace.gateway.sse import ClientGoneError
+from headrace.gateway.state import Gateway
 
 __all__ = ["Limits"]
 
@@ -32,6 +32,8 @@ log = logging.getLogger("headrace.gateway")
 # All that is open to those without a key: the probes, and the page that asks for one.
 _OPEN_PATHS = frozenset({"/", "/health", "/ready", "/health/decode"})
 _OPEN_FOLDER = "/static/"
+
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})  # others would be labels of a sender
 
 _SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -51,12 +53,11 @@ _LINGER_SECONDS = 2.0
 class Limits:
     """ASGI middleware; see the module's text."""
 
-    def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
         self._app = app
-        self._settings = settings
-        self._metrics = metrics
-        self._keys = tuple(_digest(key) for key in settings.api_keys)
-        self._in_work = 0
+        self._gateway = gateway
+        self._settings = gateway.settings
+        self._keys = tuple(_digest(key.encode("utf-8", "surrogateescape")) for key in gateway.settings.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, as an ASGI application."""
@@ -69,7 +70,8 @@ class Limits:
 
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         started = time.monotonic()
-        self._in_work += 1
+        counted = not _is_open(scope["path"])
+        self._gateway.in_work += counted
         try:
             self._check(scope)
             body = await self._body(scope, receive)
@@ -79,10 +81,10 @@ class Limits:
         except Exception as error:
             await answer.fail(as_headrace_error(error), scope, receive)
         finally:
-            self._in_work -= 1
+            self._gateway.in_work -= counted
             handler = getattr(scope.get("route"), "path", "other")
-            method = scope["method"] if handler != "other" else "other"
-            self._metrics.http.labels(method, handler, str(answer.status or 499)).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._gateway.metrics.http.labels(method, handler, str(answer.status or 499)).inc()
             log.info("%s %s %s %s %.3fs", answer.request_id, method, handler, answer.status, time.monotonic() - started)
 
     # ------------------------------------------------------------------------------------------------------ checks
@@ -94,8 +96,12 @@ class Limits:
             raise ApiError(431, f"The headers have {size} bytes; at most {self._settings.max_headers} are read.")
         self._check_host(headers)
         self._check_origin(headers)
-        self._check_key(scope["path"], headers)
-        if self._in_work > self._settings.max_requests and scope["path"] not in _OPEN_PATHS:
+        if _is_open(scope["path"]):
+            return
+        self._check_key(headers)
+        if self._gateway.draining:
+            raise UnavailableError("The gateway is shutting down; send the request again later.", retry_after=2.0)
+        if self._gateway.in_work > self._settings.max_requests:
             raise OverloadedError(
                 f"{self._settings.max_requests} requests are in work, the most this gateway takes; try again shortly.",
                 retry_after=1.0,
@@ -114,16 +120,17 @@ class Limits:
         origin = headers.get("origin")
         if origin is None or origin in self._settings.allowed_origins:
             return
-        if urlsplit(origin).netloc.lower() != headers["host"].lower() or not origin.startswith(("http://", "https://")):
+        scheme, _, site = origin.lower().partition("://")
+        if scheme not in ("http", "https") or site != headers["host"].lower():
             raise ApiError(
                 403, f"Pages of {origin[:200]!r} may not call this gateway; start it with --allow-origin and that site."
             )
 
-    def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._keys or path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
+    def _check_key(self, headers: Headers) -> None:
+        if not self._keys:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        digest = _digest(given.strip())
+        digest = _digest(given.strip().encode("latin-1"))  # the bytes as they came
         # All keys are compared, each in constant time, so that the time tells nothing.
         matches = [hmac.compare_digest(digest, key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
@@ -225,8 +232,12 @@ async def _linger(receive: Receive) -> None:
         return
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _is_open(path: str) -> bool:
+    return path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _is_json(media_type: str) -> bool:

@@ -51,6 +51,7 @@ class Body(BaseModel):
         for name, field in value.items():
             if name in cls.model_fields:
                 if field is not None:
+                    _check_characters(name, field)
                     kept[name] = field
             elif name in cls.refused:
                 if field is not None and field not in cls.refused[name]:
@@ -58,6 +59,19 @@ class Body(BaseModel):
             elif name not in cls.harmless:
                 raise _unknown(name, cls)
         return kept
+
+
+def _check_characters(name: str, value: Any) -> None:
+    """JSON can hold half a surrogate pair, which no tokenizer takes: some programs cut texts inside an emoji."""
+    for text in value if isinstance(value, list) else (value,):
+        try:
+            if isinstance(text, str):
+                text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequestError(
+                f"{name} holds half a character (a surrogate without its pair); cut texts between characters.",
+                param=name,
+            ) from None
 
 
 def _unknown(name: str, cls: type[Body]) -> InvalidRequestError:
@@ -227,6 +241,9 @@ class ChatRequest(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    # vLLM's pair of names for going on in the middle of the last message; neither makes sense without the other.
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.refused | _NO_TOOLS
 
@@ -252,6 +269,11 @@ class ChatRequest(GenerationBody):
 
     def chat(self) -> list[dict[str, str]]:
         """The messages as roles and texts."""
+        if self.add_generation_prompt not in (None, not self.continue_final_message):
+            raise InvalidRequestError(
+                "add_generation_prompt must be true, or false together with continue_final_message: true.",
+                param="add_generation_prompt",
+            )
         return [message.plain(index) for index, message in enumerate(self.messages)]
 
 

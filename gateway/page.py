@@ -15,10 +15,12 @@ __all__ = ["CONTENT_SECURITY_POLICY", "assets", "router"]
 
 router = APIRouter(include_in_schema=False)
 
-# No inline script or style, nothing from elsewhere: text that a model wrote cannot run or load anything.
+# No inline script or style, nothing from elsewhere: text that a model wrote cannot run or load anything. Trusted types
+# leave DOMPurify as the only part of the page that may turn text into elements.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify"
 )
 
 _TYPES = {

@@ -1,4 +1,8 @@
-"""Runs the gateway: checks its settings, takes the port, serves until it is told to stop, then finishes what runs."""
+"""Runs the gateway: checks its settings, takes the port, serves until it is told to stop, then finishes what runs.
+
+A signal drains: `/ready` says no, new work is refused with 503, what runs gets `drain_timeout` seconds, and `run`
+returns. The same signal again ends it at once, and shows in the exit code.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -15,11 +20,15 @@ import uvicorn
 from headrace.addresses import is_loopback
 from headrace.errors import AddressError
 from headrace.gateway.app import create_app
+from headrace.gateway.protocol import protocol
 from headrace.gateway.settings import GatewaySettings
+from headrace.gateway.state import Gateway
 
 __all__ = ["GatewayServer", "serve"]
 
 log = logging.getLogger("headrace.gateway")
+
+_LAST_WORDS = 2  # seconds for answers that were cut at the end of the drain to be sent
 
 
 def serve(
@@ -81,8 +90,6 @@ class GatewayServer:
         """Serve until `stop` is called, or a signal comes if this is the main thread."""
         try:
             asyncio.run(self._main())
-        except KeyboardInterrupt:
-            log.info("stopped")
         finally:
             self._socket.close()
 
@@ -98,7 +105,7 @@ class GatewayServer:
             app = create_app(client, self.settings)
             config = uvicorn.Config(
                 app,
-                http="h11",  # httptools takes headers of any size into memory
+                http=protocol(self.settings.header_timeout),  # h11: httptools takes headers of any size into memory
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -108,11 +115,12 @@ class GatewayServer:
                 # Headers up to our own limit get our own answer; beyond twice of it the parser gives up.
                 h11_max_incomplete_event_size=2 * self.settings.max_headers,
                 limit_concurrency=4 * self.settings.max_requests,
-                timeout_graceful_shutdown=self.settings.drain_timeout,
+                timeout_graceful_shutdown=_LAST_WORDS,
                 timeout_keep_alive=30,
             )
-            self._server = _Server(config, started=self._started, draining=app.state.gateway)
-            self._server.should_exit = self._stopping.is_set()
+            self._server = _Server(config, app.state.gateway, started=self._started)
+            if self._stopping.is_set():
+                self._server.should_exit = True
             await self._server.serve(sockets=[self._socket])
         finally:
             await client.close()
@@ -123,12 +131,12 @@ class GatewayServer:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, telling when it listens and when it begins to drain."""
+    """uvicorn's server, which tells when it listens, and drains before it closes the port."""
 
-    def __init__(self, config: uvicorn.Config, *, started: Callable[[], None], draining: Any) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, *, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_started = started
-        self._gateway = draining
+        self._gateway = gateway
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
@@ -136,15 +144,35 @@ class _Server(uvicorn.Server):
         self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain."""
-        self._gateway.draining = True
+        """Let what runs finish while probes still get their answer, then close; what is left ends with an error."""
+        gateway = self._gateway
+        gateway.draining = True
+        log.info("draining: %d requests in work", gateway.in_work)
+        try:
+            async with asyncio.timeout(gateway.settings.drain_timeout):
+                while gateway.in_work and not self.force_exit:
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            log.warning("%d requests were cut after the drain", gateway.in_work)
+        # Readers of what still runs get the client's error, instead of a stream that just stops.
+        await gateway.client.close()
         await super().shutdown(sockets)
+        if not self.force_exit:
+            self._captured_signals.clear()  # uvicorn would raise them again, and the process end as if it were killed
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain; at the same signal again end at once, and by that signal."""
+        # Not at another one: Ctrl-C reaches a whole terminal, and a parent then adds its own SIGTERM.
+        self.force_exit = self.force_exit or sig in self._captured_signals
+        self._captured_signals.append(sig)
+        self.should_exit = True
 
 
 def _client(endpoint: str | None) -> Any:
     from headrace.client import AsyncClient
 
-    return AsyncClient(endpoint)
+    # Whoever calls over HTTP is told whether to repeat a request; trying again here too would multiply the tries.
+    return AsyncClient(endpoint, retries=0)
 
 
 def _listen(settings: GatewaySettings) -> socket.socket:

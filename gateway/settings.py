@@ -22,6 +22,7 @@ class GatewaySettings:
         max_body: bytes of a request body.
         max_headers: bytes of all request headers together.
         max_requests: requests in work at once; more get 429.
+        header_timeout: seconds in which the headers of a request must arrive.
         body_timeout: seconds in which a request body must arrive.
         request_timeout: seconds that one generation may take; None for no limit.
         ping_interval: seconds of silence after which a stream sends a comment, so that proxies keep it open.
@@ -36,10 +37,11 @@ class GatewaySettings:
     max_body: int = 8 * 2**20
     max_headers: int = 64 * 2**10
     max_requests: int = 1024
+    header_timeout: float = 15.0
     body_timeout: float = 30.0
     request_timeout: float | None = None
     ping_interval: float = 15.0
-    drain_timeout: int = 30
+    drain_timeout: float = 30.0
 
     def __repr__(self) -> str:
         """All but the keys."""
@@ -47,7 +49,7 @@ class GatewaySettings:
 
     def host_allowed(self, name: str) -> bool:
         """Whether a browser may call the gateway by this name; guards against DNS rebinding."""
-        if is_loopback(name) or name in self.allowed_hosts:
+        if is_loopback(name) or name.lower() in (host.lower() for host in self.allowed_hosts):
             return True
         # Reachable from outside it has any number of names; there the API key is the guard.
         return not self.allowed_hosts and not is_loopback(self.host)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.errors import HeadraceError, RequestCancelledError
 from headrace.gateway.errors import as_headrace_error
@@ -46,7 +46,7 @@ class Streams:
         """Whether everything was read to its end."""
         return self._left == 0
 
-    async def _read(self, index: int, opener: Callable[[], Any]) -> None:
+    async def _read(self, index: int, opener: Callable[[], AsyncStream]) -> None:
         try:
             async with opener() as stream:
                 counted = False
