@@ -1,24 +1,25 @@
 """An `AsyncClient` without a broker: it plays back scripts, so that the gateway's tests decide what a model says.
 
 A script is a function of the call (model, prompt, messages, settings) that gives the steps of each choice: a string is
-a token's text, an error is raised, an `asyncio.Event` is waited for, a number is a pause in seconds.
+a token's text, an error is raised, a `threading.Event` is waited for, a number is a pause in seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.card import ModelCard
 from headrace.client.types import Choice, Completion, Delta, TokenLogprob, TopLogprob, Usage
-from headrace.errors import UnknownModelError
+from headrace.errors import RequestCancelledError, UnavailableError, UnknownModelError
 from headrace.sampling import SamplingParams
 
 __all__ = ["Call", "FakeClient", "card", "words"]
 
-Step = str | float | Exception | asyncio.Event
+Step = str | float | Exception | threading.Event
 
 
 def card(name: str = "tiny-chat", **changes: Any) -> ModelCard:
@@ -46,7 +47,7 @@ class Call:
     sampling: SamplingParams
     timeout: float | None
     ended: str = "running"  # then: finished, closed or failed
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: threading.Event = field(default_factory=threading.Event)
 
     @property
     def text(self) -> str:
@@ -97,11 +98,9 @@ class FakeClient:
     ) -> FakeStream:
         """Open a scripted stream."""
         sampling = (sampling or SamplingParams()).replace(**settings)
-        if model not in [each.name for each in self.cards]:
-            raise UnknownModelError(f"no {model}")
-        call = Call(model, prompt, messages, token_ids, sampling, timeout)
+        call = Call(self._card(model).name, prompt, messages, token_ids, sampling, timeout)
         self.calls.append(call)
-        return FakeStream(call, self.script)
+        return FakeStream(self, call, self.script)
 
     async def generate(self, prompt: str | None = None, **rest: Any) -> Completion:
         """The whole of a scripted stream."""
@@ -121,8 +120,21 @@ class FakeClient:
         return self.report
 
     async def text(self, model: str = "") -> FakeText:
-        """The tokenizer."""
-        return FakeText()
+        """The tokenizer, which knows its card."""
+        if self.models_error is not None:
+            raise self.models_error
+        return FakeText(self._card(model))
+
+    def _card(self, model: str) -> ModelCard:
+        if not self.cards:
+            raise UnavailableError("No worker group is ready yet; try again.", retry_after=2.0)
+        if not model and len(self.cards) == 1:
+            return self.cards[0]
+        for each in self.cards:
+            if each.name == model:
+                return each
+        names = ", ".join(each.name for each in self.cards)
+        raise UnknownModelError(f"The broker serves no model named {model!r}; served now: {names}.", param="model")
 
     async def close(self) -> None:
         """Remember it."""
@@ -132,9 +144,16 @@ class FakeClient:
 class FakeText:
     """A tokenizer whose ids are code points."""
 
+    def __init__(self, its_card: ModelCard) -> None:
+        self.card = its_card
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """A chat as `[role]content` one after another, up to where the assistant begins."""
+        return self.encode("".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]")
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text."""
-        return "".join(map(chr, ids))
+        return "".join(chr(token) for token in ids if token < 0xD800)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids."""
@@ -146,9 +165,10 @@ class FakeStream:
 
     prompt_tokens = 7
 
-    def __init__(self, call: Call, script: Callable[[Call, int], Iterable[Step]]) -> None:
+    def __init__(self, client: FakeClient, call: Call, script: Callable[[Call, int], Iterable[Step]]) -> None:
+        self._client = client
         self._call = call
-        self._choices = [list(script(call, index)) for index in range(call.sampling.n)]
+        self._choices = [iter(script(call, index)) for index in range(call.sampling.n)]
         self._texts = ["" for _ in self._choices]
         self._tokens: list[list[int]] = [[] for _ in self._choices]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in self._choices]
@@ -187,7 +207,7 @@ class FakeStream:
 
     async def _run(self) -> AsyncIterator[Delta]:
         limit = self._call.sampling.max_tokens or 10_000
-        left = {index: iter(steps) for index, steps in enumerate(self._choices)}
+        left = dict(enumerate(self._choices))
         while left:
             for index, steps in list(left.items()):
                 step = await self._next_text(steps)
@@ -212,8 +232,18 @@ class FakeStream:
             if isinstance(step, Exception):
                 self._call.ended = "failed"
                 raise step
-            await (step.wait() if isinstance(step, asyncio.Event) else asyncio.sleep(step))
+            await self._pause(step)
         return None
+
+    async def _pause(self, step: float | threading.Event) -> None:
+        """Wait; the event may be set in another thread, so it is looked at often instead of awaited."""
+        waiting = isinstance(step, threading.Event)
+        end = asyncio.get_running_loop().time() + (0 if waiting else step)
+        while not step.is_set() if waiting else asyncio.get_running_loop().time() < end:
+            if self._client.was_closed:
+                self._call.ended = "failed"
+                raise RequestCancelledError("The client was closed before the answer was complete.")
+            await asyncio.sleep(0.005)
 
     def _logprob(self, text: str, token: int) -> tuple[TokenLogprob, ...] | None:
         asked = self._call.sampling.logprobs

@@ -1,0 +1,110 @@
+"""What one process of a group runs: load the engine, warm it up, then lead or follow.
+
+    rank -> launcher   loading(done, total)  warming  warm  |  leader: waiting  ready  beat(step, busy)  |  error
+    launcher -> rank   serve, once all ranks are warm  |  leader: drain(grace)
+
+torch is imported here and nowhere before, after the number of threads is settled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import logging
+import signal
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import ConfigError
+from headrace.processes import Parent, parent
+from headrace.workers.group import GroupSpec
+from headrace.workers.leader_loop import LeaderLoop
+from headrace.workers.plan import PlanWriter, follow
+from headrace.workers.rank_threads import use_threads
+
+__all__ = ["run_rank"]
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_EVERY = 0.1  # seconds between two words about loading
+
+
+def run_rank(
+    *,
+    spec: dict[str, Any],
+    rank: int,
+    threads: int,
+    crowded: bool,
+    endpoint: str,
+    followers: Sequence[Connection] = (),
+    leader: Connection | None = None,
+) -> None:
+    """Be rank `rank` of a group until it is drained.
+
+    Args:
+        spec: of the group, `GroupSpec.to_wire()`.
+        rank: 0 leads.
+        threads: CPU threads to compute with.
+        crowded: whether other processes need the same cores.
+        endpoint: of the broker's face for workers.
+        followers: the plan's pipes, if this is the leader.
+        leader: the plan's pipe, if this is a follower.
+    """
+    launcher = parent()
+    assert launcher is not None, "ranks are started by a launcher"
+    use_threads(threads, crowded=crowded)
+    group = GroupSpec.from_wire(spec)
+    engine = _load(group, launcher)
+    launcher.send("warming")
+    engine.warm_up()
+    # What is there now stays; the collector need not look at it again while tokens wait.
+    gc.collect()
+    gc.freeze()
+    # Libraries that look at the end for what they left behind would find, and complain of, all of it.
+    atexit.register(gc.unfreeze)
+    launcher.send("warm")
+    if leader is not None:
+        follow(engine, leader)
+        return
+    while (message := launcher.receive()) is None or message["kind"] != "serve":
+        if message is not None and message["kind"] == "drain":
+            return
+    loop = LeaderLoop(engine, endpoint, group.name, launcher=launcher, writer=PlanWriter(followers))
+    signal.signal(signal.SIGTERM, loop.on_sigterm)
+    loop.run()
+
+
+def _load(group: GroupSpec, launcher: Parent) -> Any:
+    """The group's engine; says how far it is, several times a second at most."""
+    told_at = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told_at
+        now = time.monotonic()
+        if now - told_at >= _PROGRESS_EVERY or done >= total:
+            told_at = now
+            launcher.send("loading", done=done, total=total)
+
+    launcher.send("loading", done=0, total=0)
+    try:
+        load = _imported(group.engine)
+        return load(Path(group.folder), group.config, name=group.model_name, progress=progress)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "headrace":
+            raise
+        raise ConfigError(
+            f"Serving needs the package {error.name!r}, which is not installed; "
+            'install what is missing with:  pip install "headrace[serve]"'
+        ) from error
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
