@@ -38,6 +38,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.15",
+    "setuptools>=77",  # builds the wheel that a test looks into
 ]
 
 setup(
