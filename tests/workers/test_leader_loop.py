@@ -49,6 +49,7 @@ class HandBroker:
         self._receive_limit = receive_limit
         self.endpoint = endpoint
         self.peer = b""
+        self.peers = set()
         self.hello = None
         self.bind()
 
@@ -69,8 +70,10 @@ class HandBroker:
             assert self.socket.poll(LIMIT * 1000), f"no {kinds}"
             peer, *frames = self.socket.recv_multipart()
             message = decode(frames, LEADER_TO_BROKER)
+            assert peer in self.peers or isinstance(message, GroupHello), "a connection begins with a hello"
             if isinstance(message, GroupHello):
                 self.peer = peer
+                self.peers.add(peer)
             if isinstance(message, kinds) and peer == self.peer:
                 return message
 
@@ -246,14 +249,17 @@ def test_a_broker_that_vanished_is_greeted_anew_when_there_is_one_again(broker):
         assert tokens_of(broker.take(Tokens)) == expected(1, 1)
 
 
-def test_what_waited_for_one_connection_does_not_come_up_on_the_next(broker):
+def test_what_waited_for_one_connection_does_not_come_up_on_the_next(run_dir):
+    broker = HandBroker(f"ipc://{run_dir}/workers")
     with leading(broker) as leader:
         broker.assign(max_tokens=100_000)
         wait_until(lambda: not leader.loop._core.may_step, "the broker's pipe is full")
         broker.say(Reset())
+        wait_until(lambda: leader.loop._core.may_step, "it gives the connection up before the pipe has room")
         broker.welcome()
         broker.assign(attempt=2, max_tokens=1)
         assert [run.attempt for run in broker.take(Tokens).runs] == [2]
+    broker.close()
 
 
 def test_nonsense_from_the_broker_costs_nothing(broker, caplog):
