@@ -9,7 +9,14 @@ import pytest
 
 from headrace.client import Client, Delta, MapItem, Timeouts
 from headrace.client.inbox import Inbox
-from headrace.errors import ContextLengthError, InvalidRequestError, RequestCancelledError, UnknownModelError
+from headrace.errors import (
+    ConfigError,
+    ContextLengthError,
+    InternalError,
+    InvalidRequestError,
+    RequestCancelledError,
+    UnknownModelError,
+)
 from headrace.sampling import SamplingParams
 from tests.client.pool import seeded, speaking, wait_until
 from tests.support.tiny_tokenizer import END_OF_TEXT, VOCAB_SIZE
@@ -276,6 +283,20 @@ def test_a_client_lives_as_long_as_its_streams(pool, group):
     stream = Client(pool.endpoint).stream("abc")
     gc.collect()
     assert stream.result().text == SAID
+
+
+def test_a_bug_in_the_clients_thread_is_told_to_everybody(client, monkeypatch):
+    stream = started(client)
+
+    def broken(event, now):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(client._core.transport._session, "handle", broken)
+    with pytest.raises(InternalError, match="The client's thread failed: ZeroDivisionError: a bug") as caught:
+        list(stream)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(ConfigError, match="This client is closed"):
+        client.generate("abc")
 
 
 # -------------------------------------------------------------------------------------------------------------- sharing

@@ -117,8 +117,8 @@ BAD = {
     "frequency_penalty": NUMBERS,
     "seed": [-1, 2**64, 0.5],
     "n": [0, 17, None, 1.0],
-    "stop": [[""], ["x"] * 17, [5], ["x" * 1025]],
-    "stop_token_ids": [[-1], ["x"], list(range(65))],
+    "stop": [[""], ["x"] * 17, [5], ["x" * 1025], 5, None],
+    "stop_token_ids": [[-1], ["x"], list(range(65)), 5, None],
     "logprobs": [-1, 21, True],
     "logit_bias": [[1], {-1: 0}, {1: 101}, {"x": 1}],
 }
