@@ -77,19 +77,22 @@ class Meter:
         self._started = time.monotonic()
         self._last: float | None = None
         self._open = True
+        # Looked up once, for these two are needed for every token.
+        self._between = metrics.between.labels(model)
+        self._generated = metrics.generated.labels(model)
         metrics.active.labels(model).inc()
 
     def tokens(self, count: int) -> None:
         """That many tokens arrived."""
         if not count:
             return
-        metrics, now = self._metrics, time.monotonic()
+        now = time.monotonic()
         if self._last is None:
-            metrics.first_token.labels(self._model).observe(now - self._started)
+            self._metrics.first_token.labels(self._model).observe(now - self._started)
         else:
-            metrics.between.labels(self._model).observe((now - self._last) / count)
+            self._between.observe((now - self._last) / count)
         self._last = now
-        metrics.generated.labels(self._model).inc(count)
+        self._generated.inc(count)
 
     def finished(self, completions: Iterable[Completion]) -> None:
         """All is generated."""

@@ -12,6 +12,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = ["GatewayServer", "serve"]
 
 log = logging.getLogger("headrace.gateway")
 
+_THREADS = 64
 _LAST_WORDS = 2  # seconds for answers that were cut at the end of the drain to be sent
 
 
@@ -100,6 +102,9 @@ class GatewayServer:
             self._server.should_exit = True
 
     async def _main(self) -> None:
+        # The client library waits in threads while the broker does not answer; as few as there are processors by
+        # default would let such requests hold up all others.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "gateway"))
         client = self._make_client()
         try:
             app = create_app(client, self.settings)

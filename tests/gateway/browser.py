@@ -67,6 +67,12 @@ class ChatPage:
         self.page.goto(self.url + "/" + path)
         return self
 
+    def reload(self) -> ChatPage:
+        """Load the page again, once what was written to its database is there: reading comes after writing."""
+        self.page.evaluate("async () => { await (await import('/static/js/store.js')).list(); }")
+        self.page.reload()
+        return self
+
     def ready(self) -> ChatPage:
         """Wait until a message can be sent."""
         expect(self.model).to_be_enabled()

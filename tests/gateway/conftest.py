@@ -46,36 +46,53 @@ class Running:
         assert not self.thread.is_alive()
 
 
+def start(
+    script: Callable[..., Any] | FakeClient | None = None,
+    *,
+    client: Callable[[], Any] | None = None,
+    **settings: Any,
+) -> Running:
+    """Start a gateway with what a fake client says, or with another client."""
+    fake = script if isinstance(script, FakeClient) else FakeClient(script) if script else FakeClient()
+    ready = threading.Event()
+    settings = {"port": 0, "drain_timeout": 5.0} | settings
+    server = GatewayServer(
+        settings=GatewaySettings(**settings), client=client or (lambda: fake), on_ready=lambda url: ready.set()
+    )
+    thread = threading.Thread(target=server.run, name="gateway", daemon=True)
+    thread.start()
+    assert ready.wait(WAIT)
+    keys = settings.get("api_keys")
+    return Running(fake, server, thread, {"authorization": f"Bearer {keys[0]}".encode()} if keys else {})
+
+
+def end(gateways: list[Running]) -> None:
+    for each in gateways:
+        each.stop()
+    for each in gateways:
+        each.ended()
+        each.http.close()
+
+
 @pytest.fixture
 def serve() -> Any:
     """Starts gateways; they are stopped after the test."""
     running: list[Running] = []
 
-    def start(
-        script: Callable[..., Any] | FakeClient | None = None,
-        *,
-        client: Callable[[], Any] | None = None,
-        **settings: Any,
-    ) -> Running:
-        fake = script if isinstance(script, FakeClient) else FakeClient(script) if script else FakeClient()
-        ready = threading.Event()
-        settings = {"port": 0, "drain_timeout": 5.0} | settings
-        server = GatewayServer(
-            settings=GatewaySettings(**settings), client=client or (lambda: fake), on_ready=lambda url: ready.set()
-        )
-        thread = threading.Thread(target=server.run, name="gateway", daemon=True)
-        thread.start()
-        assert ready.wait(WAIT)
-        keys = settings.get("api_keys")
-        running.append(Running(fake, server, thread, {"authorization": f"Bearer {keys[0]}".encode()} if keys else {}))
+    def serve(*arguments: Any, **settings: Any) -> Running:
+        running.append(start(*arguments, **settings))
         return running[-1]
 
-    yield start
-    for each in running:
-        each.stop()
-    for each in running:
-        each.ended()
-        each.http.close()
+    yield serve
+    end(running)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """One gateway for the many tests that only look at a single answer."""
+    running = start()
+    yield running
+    end([running])
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from tests.gateway.helpers import chat, error_of, events
 PATH = "/v1/chat/completions"
 
 
-def test_a_whole_answer(serve):
-    body = serve().post(PATH, chat(model="tiny-chat")).json()
+def test_a_whole_answer(plain):
+    body = plain.post(PATH, chat(model="tiny-chat")).json()
     assert body["id"].startswith("chatcmpl-")
     assert body["object"] == "chat.completion"
     assert body["model"] == "tiny-chat"
@@ -26,8 +26,8 @@ def test_a_whole_answer(serve):
     }
 
 
-def test_a_stream_has_role_then_text_then_reason(serve):
-    response = serve().post(PATH, chat(stream=True))
+def test_a_stream_has_role_then_text_then_reason(plain):
+    response = plain.post(PATH, chat(stream=True))
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["cache-control"] == "no-store"
     chunks = events(response.text)
@@ -42,16 +42,16 @@ def test_a_stream_has_role_then_text_then_reason(serve):
     assert all("usage" not in chunk for chunk in chunks)
 
 
-def test_usage_comes_last_and_alone(serve):
-    chunks = events(serve().post(PATH, chat(stream=True, stream_options={"include_usage": True})).text)
+def test_usage_comes_last_and_alone(plain):
+    chunks = events(plain.post(PATH, chat(stream=True, stream_options={"include_usage": True})).text)
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 5
 
 
-def test_usage_so_far_in_every_chunk(serve):
+def test_usage_so_far_in_every_chunk(plain):
     options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = events(serve().post(PATH, chat(stream=True, stream_options=options)).text)
+    chunks = events(plain.post(PATH, chat(stream=True, stream_options=options)).text)
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
     assert counts[-1] == 5
@@ -174,8 +174,8 @@ def test_the_last_message_can_be_continued(serve):
         ),
     ],
 )
-def test_continuing_needs_something_to_continue(serve, messages, more, param):
-    error = error_of(serve().post(PATH, {"messages": messages, **more}), 400, "invalid_request")
+def test_continuing_needs_something_to_continue(plain, messages, more, param):
+    error = error_of(plain.post(PATH, {"messages": messages, **more}), 400, "invalid_request")
     assert error["param"] == param
 
 
@@ -189,7 +189,7 @@ def test_text_is_held_back_until_it_is_certain(serve):
     ]
 
 
-def test_what_asks_for_nothing_is_accepted(serve):
+def test_what_asks_for_nothing_is_accepted(plain):
     extras = {"user": "x", "metadata": {}, "store": False, "tools": [], "tool_choice": "none", "logit_bias": None}
     extras |= {"response_format": {"type": "text"}, "parallel_tool_calls": True, "service_tier": "auto"}
-    assert serve().post(PATH, chat(**extras)).status_code == 200
+    assert plain.post(PATH, chat(**extras)).status_code == 200

@@ -7,8 +7,8 @@ from tests.gateway.helpers import error_of, events
 PATH = "/v1/completions"
 
 
-def test_a_whole_text(serve):
-    body = serve().post(PATH, {"prompt": "once"}).json()
+def test_a_whole_text(plain):
+    body = plain.post(PATH, {"prompt": "once"}).json()
     assert body["id"].startswith("cmpl-")
     assert body["object"] == "text_completion"
     assert body["choices"] == [
@@ -88,20 +88,20 @@ def test_logprobs_are_parallel_lists(serve):
         assert [entry for part in parts for entry in part[name]] == whole
 
 
-def test_logprobs_of_the_prompt_are_refused_and_not_invented(serve):
-    error = error_of(serve().post(PATH, {"prompt": "x", "logprobs": 1, "echo": True}), 400, "invalid_request")
+def test_logprobs_of_the_prompt_are_refused_and_not_invented(plain):
+    error = error_of(plain.post(PATH, {"prompt": "x", "logprobs": 1, "echo": True}), 400, "invalid_request")
     assert error["param"] == "logprobs"
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], ["a", ""], [[1], []], [-1], [2**31], ["x"] * 257])
-def test_prompts_that_are_none(serve, prompt):
-    error = error_of(serve().post(PATH, {"prompt": prompt}), 400, "invalid_request")
+def test_prompts_that_are_none(plain, prompt):
+    error = error_of(plain.post(PATH, {"prompt": prompt}), 400, "invalid_request")
     assert error["param"] == "prompt"
 
 
 @pytest.mark.parametrize("prompt", [None, 5, {"a": 1}, [1, "a"], [1.5], [[1], "a"], [[["a"]]], [True]])
-def test_prompts_of_a_wrong_type_are_named(serve, prompt):
-    error = error_of(serve().post(PATH, {"prompt": prompt}), 400, "invalid_request")
+def test_prompts_of_a_wrong_type_are_named(plain, prompt):
+    error = error_of(plain.post(PATH, {"prompt": prompt}), 400, "invalid_request")
     assert error["param"].startswith("prompt")
 
 
@@ -130,5 +130,5 @@ def test_generate_is_the_smallest_api(serve):
         ({"prompt": "x", "n": 2}, "n"),
     ],
 )
-def test_generate_says_what_it_does_not_do(serve, body, param):
-    assert error_of(serve().post("/generate", body), 400, "invalid_request")["param"] == param
+def test_generate_says_what_it_does_not_do(plain, body, param):
+    assert error_of(plain.post("/generate", body), 400, "invalid_request")["param"] == param

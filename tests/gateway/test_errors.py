@@ -106,8 +106,8 @@ def test_what_nobody_foresaw_is_logged_and_tells_nothing(serve, caplog):
         (None, None, "JSON object"),
     ],
 )
-def test_bad_values_are_named(serve, body, param, words):
-    error = error_of(serve().post(CHAT, body), 400, "invalid_request")
+def test_bad_values_are_named(plain, body, param, words):
+    error = error_of(plain.post(CHAT, body), 400, "invalid_request")
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert words in error["message"]
@@ -126,20 +126,20 @@ def test_bad_values_are_named(serve, body, param, words):
     ],
     ids=["nothing", "half", "no utf-8", "broken", "a number without end", "deep", "half a character"],
 )
-def test_bodies_that_cannot_be_read(serve, content):
-    response = serve().http.post(CHAT, content=content, headers={"content-type": "application/json"})
+def test_bodies_that_cannot_be_read(plain, content):
+    response = plain.http.post(CHAT, content=content, headers={"content-type": "application/json"})
     error_of(response, 400)
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_none(serve, value):
+def test_numbers_that_are_none(plain, value):
     content = json.dumps(chat(temperature=0.5)).replace("0.5", value)
-    response = serve().http.post(CHAT, content=content, headers={"content-type": "application/json"})
+    response = plain.http.post(CHAT, content=content, headers={"content-type": "application/json"})
     assert error_of(response, 400, "invalid_request")["param"] == "temperature"
 
 
-def test_paths_and_methods(serve):
-    http = serve().http
+def test_paths_and_methods(plain):
+    http = plain.http
     error = error_of(http.get("/nowhere"), 404, "not_found")
     assert error["type"] == "not_found_error"
     assert "/nowhere" in error["message"]

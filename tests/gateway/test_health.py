@@ -11,8 +11,8 @@ from tests.support.fake_client import FakeClient
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/health/decode"])
-def test_probes_answer_to_head_as_to_get(serve, path):
-    http = serve().http
+def test_probes_answer_to_head_as_to_get(plain, path):
+    http = plain.http
     assert http.get(path).status_code == 200
     head = http.head(path)
     assert head.status_code == 200
@@ -25,8 +25,8 @@ def test_health_asks_nobody(serve):
     assert serve(fake).http.get("/health").json() == {"status": "ok", "version": __version__}
 
 
-def test_ready_names_the_models(serve):
-    assert serve().http.get("/ready").json() == {"status": "ready", "models": ["tiny-chat"]}
+def test_ready_names_the_models(plain):
+    assert plain.http.get("/ready").json() == {"status": "ready", "models": ["tiny-chat"]}
 
 
 def test_ready_says_why_not(serve):

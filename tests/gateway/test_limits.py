@@ -87,14 +87,14 @@ def test_keys_are_not_shown(serve):
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1", "127.1.2.3:1", "[::1]", "[::1]:80"])
-def test_loopback_names_are_answered(serve, host):
-    assert serve().http.get("/health", headers={"host": host}).status_code == 200
+def test_loopback_names_are_answered(plain, host):
+    assert plain.http.get("/health", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "[", "127.0.0.1.nip.io", "0.0.0.0"])
-def test_other_names_are_not(serve, host):
+def test_other_names_are_not(plain, host):
     """A page whose name was made to point here (DNS rebinding) sends its own name."""
-    error_of(serve().http.get("/health", headers={"host": host}), 403, "forbidden")
+    error_of(plain.http.get("/health", headers={"host": host}), 403, "forbidden")
 
 
 def test_a_name_can_be_allowed(serve):
@@ -113,9 +113,9 @@ def test_a_page_of_its_own_may_call(serve):
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "http://localhost:1", "file://", "http://[", "", "http://localhost:1@x"]
 )
-def test_pages_of_others_may_not(serve, origin):
+def test_pages_of_others_may_not(plain, origin):
     """The bracket alone made the parser of URLs fail, which was answered with 500."""
-    error_of(serve().http.post(CHAT, headers={"origin": origin}, json=chat()), 403, "forbidden")
+    error_of(plain.http.post(CHAT, headers={"origin": origin}, json=chat()), 403, "forbidden")
 
 
 def test_another_page_can_be_allowed_and_then_reads_the_answers(serve):
@@ -139,8 +139,8 @@ def test_another_page_can_be_allowed_and_then_reads_the_answers(serve):
     assert "access-control-allow-origin" not in other.headers
 
 
-def test_every_answer_carries_the_same_headers(serve):
-    http = serve().http
+def test_every_answer_carries_the_same_headers(plain):
+    http = plain.http
     for response in (http.get("/health"), http.get("/nowhere"), http.get("/v1/models", headers={"host": "evil"})):
         assert response.headers["x-content-type-options"] == "nosniff"
         assert response.headers["x-frame-options"] == "DENY"
@@ -149,8 +149,8 @@ def test_every_answer_carries_the_same_headers(serve):
         assert "server" not in response.headers
 
 
-def test_request_ids_are_echoed_if_they_are_harmless(serve):
-    http = serve().http
+def test_request_ids_are_echoed_if_they_are_harmless(plain):
+    http = plain.http
     assert http.get("/health", headers={"x-request-id": "abc-1.2:3_4"}).headers["x-request-id"] == "abc-1.2:3_4"
     assert (
         http.get("/health", headers={"x-request-id": "a b;c" + "d" * 200}).headers["x-request-id"] == "abc" + "d" * 125
@@ -170,8 +170,8 @@ def test_headers_have_a_limit_and_the_answer_says_so(serve):
 
 
 @pytest.mark.parametrize("header", ["X-Big: " + "a" * 10_000_000, "X: y\r\n" * 200_000], ids=["one", "many"])
-def test_headers_far_beyond_it_are_not_even_read(serve, header):
-    running = serve()
+def test_headers_far_beyond_it_are_not_even_read(plain, header):
+    running = plain
     with Raw(running.port) as raw:
         with contextlib.suppress(OSError):  # it had enough before all was sent
             raw.send(f"GET /health HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n")
@@ -228,8 +228,8 @@ def test_bodies_of_forms_are_refused(serve, kind):
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"])
-def test_json_has_several_names(serve, kind):
-    response = serve().http.post(CHAT, content=json.dumps(chat()), headers={"content-type": kind})
+def test_json_has_several_names(plain, kind):
+    response = plain.http.post(CHAT, content=json.dumps(chat()), headers={"content-type": kind})
     assert response.status_code == 200
 
 
@@ -283,8 +283,8 @@ def test_only_so_many_requests_are_in_work(serve):
     assert running.post(CHAT, chat()).status_code == 200
 
 
-def test_garbage_is_answered_and_forgotten(serve):
-    running = serve()
+def test_garbage_is_answered_and_forgotten(plain):
+    running = plain
     for garbage in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"HELLO\r\n\r\n", b"GET / HTTP/9\r\n\r\n"):
         with Raw(running.port) as raw:
             raw.send(garbage)

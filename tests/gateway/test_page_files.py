@@ -14,8 +14,8 @@ STYLES = {name: content.decode() for name, (content, _, _) in assets().items() i
 VENDOR = files("headrace.gateway") / "static" / "vendor"
 
 
-def test_the_page_comes_with_its_policy(serve):
-    http = serve().http
+def test_the_page_comes_with_its_policy(plain):
+    http = plain.http
     response = http.get("/")
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/html; charset=utf-8"
@@ -25,8 +25,8 @@ def test_the_page_comes_with_its_policy(serve):
     assert http.head("/").content == b""
 
 
-def test_a_file_that_is_known_is_not_sent_again(serve):
-    http = serve().http
+def test_a_file_that_is_known_is_not_sent_again(plain):
+    http = plain.http
     first = http.get("/static/js/app.js")
     assert first.headers["content-type"] == "text/javascript; charset=utf-8"
     assert first.headers["cache-control"] == "no-cache"
@@ -39,8 +39,8 @@ def test_a_file_that_is_known_is_not_sent_again(serve):
 @pytest.mark.parametrize(
     "path", ["nothing.js", "", "js", "../page.py", "%2e%2e/page.py", "..%2fpage.py", "vendor/README.md", "js//app.js"]
 )
-def test_only_the_page_s_own_files_are_served(serve, path):
-    response = serve().http.get(f"/static/{path}")
+def test_only_the_page_s_own_files_are_served(plain, path):
+    response = plain.http.get(f"/static/{path}")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "not_found"
 

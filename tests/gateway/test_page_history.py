@@ -18,7 +18,7 @@ def test_a_chat_survives_a_reload(serve, visit):
     page = visit(serve(echo)).ready()
     page.ask("remember **me**")
     stats = page.answer.locator(".stats").text_content()
-    page.page.reload()
+    page.reload()
     page.ready()
     expect(page.question.locator(".body")).to_have_text("remember **me**")
     expect(page.text).to_have_text("You said remember me.")
@@ -36,7 +36,7 @@ def test_branches_survive_a_reload(serve, visit):
     page.button("Answer again", page.answer).click()
     page.finished()
     page.button("Earlier version", page.answer).click()
-    page.page.reload()
+    page.reload()
     page.ready()
     expect(page.text).to_have_text("Answer 1")
     page.button("Later version", page.answer).click()
@@ -58,7 +58,7 @@ def test_a_page_closed_in_the_middle_keeps_what_came(serve, visit):
     # It is written to the database at most every second, with whatever comes next.
     stored = "async () => JSON.stringify(await (await import('/static/js/store.js')).load(location.hash.slice(1)))"
     until(lambda: "Half of" in page.page.evaluate(stored), "the saving")
-    page.page.reload()
+    page.reload()
     page.ready()
     until(lambda: running.fake.calls[0].ended == "closed", "the cancelling")
     expect(page.text).to_contain_text("Half of")
@@ -99,7 +99,7 @@ def test_a_chat_can_be_renamed(serve, visit):
         expect(page.chats.locator(".open")).to_have_text(shown)
     expect(page.page).to_have_title("Bright · Headrace")
     page.ask("more")
-    page.page.reload()
+    page.reload()
     expect(page.chats.locator(".open")).to_have_text("Bright")
 
 
@@ -116,7 +116,7 @@ def test_a_chat_is_deleted_after_a_question(serve, visit):
         page.button(answer, dialog).click()
         expect(page.chats).to_have_count(left)
     expect(page.page.locator("#welcome")).to_be_visible()
-    page.page.reload()
+    page.reload()
     page.ready()
     expect(page.chats.locator(".open")).to_have_text("keep")
 
@@ -131,7 +131,7 @@ def test_a_chat_deleted_while_it_is_answered_does_not_come_back(serve, visit):
     page.button("Delete", page.page.get_by_role("dialog")).click()
     expect(page.chats).to_have_count(0)
     until(lambda: running.fake.calls[0].ended == "closed", "the cancelling")
-    page.page.reload()
+    page.reload()
     page.ready()
     expect(page.chats).to_have_count(0)
 
@@ -205,7 +205,7 @@ def test_without_a_database_it_works_until_the_tab_is_closed(serve, visit):
     page.ask("two")
     page.chats.last.click()
     expect(page.text).to_have_text("You said one.")
-    page.page.reload()
+    page.reload()
     page.ready()
     expect(page.chats).to_have_count(0)
 

@@ -82,7 +82,7 @@ def test_the_list_of_chats_can_be_put_away(serve, visit):
     page.button("Hide chats").click()
     expect(page.page.locator("#sidebar")).to_be_hidden()
     expect(page.button("Show chats")).to_be_focused()
-    page.page.reload()
+    page.reload()
     page.ready()
     expect(page.page.locator("#sidebar")).to_be_hidden()
     page.button("Show chats").click()

@@ -81,7 +81,7 @@ def test_hostile_text_is_only_text(serve, visit, size):
     expect(page.text.locator("kbd")).to_have_text("Esc")
     expect(page.question.locator(".body")).to_have_text(HOSTILE.strip())
     assert page.question.locator(".body > *").count() == 0
-    page.page.reload()
+    page.reload()
     page.ready()
     check_nothing_happened(page)
 
@@ -135,8 +135,8 @@ COMPARE = """async ([text, cuts]) => {
 }"""
 
 
-def test_text_that_grows_ends_as_text_that_came_at_once(serve, visit):
-    page = visit(serve())
+def test_text_that_grows_ends_as_text_that_came_at_once(plain, visit):
+    page = visit(plain)
     rng = random.Random(7)
     for _ in range(150):
         text = "".join(rng.choices(PARTS, k=rng.randint(1, 7)))
@@ -147,9 +147,9 @@ def test_text_that_grows_ends_as_text_that_came_at_once(serve, visit):
         assert grown == whole, json.dumps(text)
 
 
-def test_a_long_answer_costs_no_more_per_word_than_a_short_one(serve, visit):
+def test_a_long_answer_costs_no_more_per_word_than_a_short_one(plain, visit):
     """What is settled is never parsed again: only the end of the text reaches the parser."""
-    page = visit(serve())
+    page = visit(plain)
     longest = page.page.evaluate(
         """async () => {
           const { Markdown } = await import("/static/js/markdown.js");
@@ -183,8 +183,8 @@ def test_the_page_is_not_drawn_for_every_token(serve, visit):
     assert drawn <= passed / 40 + 10  # at most one per 40 ms, and those of the beginning and the end
 
 
-def test_code_keeps_its_place_while_it_grows(serve, visit):
-    page = visit(serve())
+def test_code_keeps_its_place_while_it_grows(plain, visit):
+    page = visit(plain)
     same = page.page.evaluate(
         """async () => {
           const { Markdown } = await import("/static/js/markdown.js");
@@ -218,8 +218,8 @@ def test_code_keeps_its_place_while_it_grows(serve, visit):
         ("", "if x", {}),
     ],
 )
-def test_code_is_coloured(serve, visit, language, code, found):
-    page = visit(serve())
+def test_code_is_coloured(plain, visit, language, code, found):
+    page = visit(plain)
     spans, text = page.page.evaluate(
         """async ([code, language]) => {
           const { highlight } = await import("/static/js/highlight.js");

@@ -60,7 +60,7 @@ def test_what_is_set_reaches_the_request_and_is_remembered(serve, visit):
     assert (sampling.min_p, sampling.repetition_penalty) == (0.05, 1.2)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.seed) == (-1, 0.5, 42)
     assert sampling.stop == ("END", "STOP ")
-    page.page.reload()
+    page.reload()
     page.ready()
     expect(page.open_settings().get_by_label("Temperature")).to_have_value("0.25")
     page.close_settings()
@@ -127,7 +127,7 @@ def test_the_picker_chooses_the_model(serve, visit):
     expect(page.settings.locator("#s-temperature")).to_have_attribute("placeholder", "0.1")
     page.ask("x")
     assert running.fake.calls[0].model == "b/c"
-    page.page.reload()
+    page.reload()
     page.ready()
     expect(page.model).to_have_value("b/c")
 
@@ -137,7 +137,7 @@ def test_a_chat_of_a_model_that_is_gone_takes_one_that_is_there(serve, visit):
     page = visit(running).ready()
     page.ask("x")
     running.fake.cards = [card("new")]
-    page.page.reload()
+    page.reload()
     page.ready()
     page.ask("y")
     assert [call.model for call in running.fake.calls] == ["old", "new"]
@@ -263,7 +263,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(serve, visit):
     )
     assert "tiny-chat" in kept
     assert "sesame" not in kept
-    page.page.reload()
+    page.reload()
     expect(page.banner).to_contain_text("A valid API key is needed")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import openai
 import pytest
@@ -100,6 +102,25 @@ def test_without_a_group_and_without_a_broker(pool, connect):
     pool.start_group(speaking("here"))
     until(lambda: running.http.get("/ready").status_code == 200, "the model")
     assert running.post(CHAT, chat()).json()["choices"][0]["message"]["content"] == "here"
+
+
+def test_many_requests_without_a_broker_fail_together(serve, run_dir):
+    """They failed six at a time, five seconds apart: as many as there were threads to wait in."""
+    running = serve(client=lambda: AsyncClient(f"ipc://{run_dir}/none.sock", retries=0))
+    codes = []
+
+    def ask():
+        codes.append(running.post(CHAT, chat()).json()["error"]["code"])
+
+    threads = [threading.Thread(target=ask) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    waiting = set()
+    while any(thread.is_alive() for thread in threads):
+        waiting.add(sum(thread.name.startswith("gateway_") for thread in threading.enumerate()))
+        time.sleep(0.01)
+    assert codes == ["no_broker"] * 40
+    assert max(waiting) > 32  # the most that asyncio would start by itself
 
 
 def test_a_worker_that_dies_does_not_show(pool, connect):
