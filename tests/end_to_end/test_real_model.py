@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import openai
 import pytest
+from playwright.sync_api import expect
 
 from headrace.client import Client
 from headrace.errors import ModelNotFoundError
+from tests.gateway.browser import ChatPage, find_chromium, launch
 from tests.support.up import Up
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -72,3 +74,26 @@ def test_several_questions_at_once(client):
     for item, city in zip(client.map(chats, temperature=0.0, max_tokens=32), countries.values(), strict=True):
         assert item.error is None
         assert city in item.completion.text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    if find_chromium() is None:
+        pytest.skip("no chromium is installed")
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        yield browser
+        browser.close()
+
+
+def test_a_person_reads_the_answer_in_a_browser(pool, browser):
+    context = browser.new_context()
+    page = ChatPage(context, pool.page.rstrip("/")).open().ready()
+    page.ask("What is the capital of France?")
+    expect(page.answer).to_contain_text("Paris")
+    expect(page.page.locator(".message.assistant .stats")).to_contain_text("tok/s")
+    page.page.wait_for_selector("#send:visible")
+    page.check()
+    context.close()
