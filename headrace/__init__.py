@@ -1,7 +1,7 @@
 """Headrace: a multi-process GPU worker pool behind a message queue, and the library that its workers run.
 
-Importing this package is cheap: public names are loaded when first used. Those of the library (`init_inference` and what
-belongs to it) need torch, those of the client do not.
+Importing this package is cheap: public names are loaded when first used. Those of the library (`init_inference` and
+what belongs to it) need torch, those of the client do not.
 """
 
 from __future__ import annotations
@@ -50,7 +50,13 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("headrace.errors")
     if name not in _HOME:
         raise AttributeError(f"module 'headrace' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "safetensors"):
+            raise
+        text = f"headrace.{name} needs {error.name}, which the client does without: pip install 'headrace[serve]'"
+        raise ModuleNotFoundError(text, name=error.name) from error
 
 
 def __dir__() -> list[str]:

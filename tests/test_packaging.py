@@ -125,10 +125,14 @@ def test_public_names():
         "AsyncClient",
         "Client",
         "HeadraceError",
+        "InferenceConfig",
+        "InferenceEngine",
         "ModelCard",
         "SamplingParams",
         "__version__",
         "errors",
+        "init_inference",
+        "supported_models",
     ]
     assert all(getattr(headrace, name) is not None for name in headrace.__all__)
     assert set(headrace.__all__) <= set(dir(headrace))

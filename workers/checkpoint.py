@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from headrace.errors import ConfigError, ModelFilesError, ModelNotFoundError
+from headrace.errors import ConfigError, ModelFilesError, ModelNotFoundError, UnsupportedModelError
+from headrace.kernels.inject import quantization_of
 from headrace.kernels.policies import find_policy
 from headrace.kernels.policies.base import Policy
 
@@ -26,7 +27,7 @@ _SINGLE = "model.safetensors"
 
 
 class Checkpoint:
-    """A folder with a model.
+    """A folder with a model; `policy` overrides the one that its architecture has.
 
     Attributes:
         folder: where it is.
@@ -38,10 +39,10 @@ class Checkpoint:
     Raises:
         ModelNotFoundError: there is no such folder.
         ModelFilesError: files are missing or damaged; names them.
-        UnsupportedModelError: its family is not covered.
+        UnsupportedModelError: its family is not covered, or its weights are quantized.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, policy: Policy | None = None) -> None:
         self.folder = folder
         if not folder.is_dir():
             raise ModelNotFoundError(f"There is no folder {str(folder)!r}; check the path.", param="model")
@@ -53,8 +54,14 @@ class Checkpoint:
                 'add for example "architectures": ["LlamaForCausalLM"].',
                 param="model",
             )
-        self.policy: Policy = find_policy(self.architecture)
+        self.policy: Policy = find_policy(self.architecture) if policy is None else policy
         self.config = self._load_config()
+        if (method := quantization_of(self.config)) is not None:
+            raise UnsupportedModelError(
+                f"The weights in {str(folder)!r} are quantized ({method}), which is not supported. Choose a checkpoint "
+                "in float32, bfloat16 or float16, or a .gguf file.",
+                param="model",
+            )
         self.files = self._find_files()
 
     def read_json(self, name: str, *, required: bool = False) -> dict[str, Any]:

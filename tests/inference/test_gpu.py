@@ -1,0 +1,77 @@
+"""The same engine on a GPU: nothing in it asks where it is, but memory and devices are other ones there."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from headrace.workers.inference import init_inference
+from tests.inference.batches import padded, positions_of
+from tests.support.tiny_models import make_model
+from tests.support.tiny_tokenizer import END_OF_TEXT
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+IDS, MASK = padded([40, 16, 1])
+QUIET = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": [], "pad_token_id": END_OF_TEXT}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "falcon-40b"])
+def test_logits_are_those_of_the_cpu(name):
+    reference = make_model(name)
+    engine = init_inference(copy.deepcopy(reference), dtype="bfloat16")
+    assert engine.device.type == "cuda"
+    assert engine.report().kernels == "triton"
+    with torch.no_grad():
+        more = {} if name == "bloom" else {"position_ids": positions_of(MASK)}
+        expected = reference(IDS, attention_mask=MASK, **more).logits[MASK == 1]
+    got = engine(IDS.cuda(), MASK.cuda()).logits
+    assert got.is_cuda
+    assert not got[MASK == 0].any()
+    assert (got[MASK == 1].float().cpu() - expected).abs().mean() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"num_beams": 3, "num_return_sequences": 2}, {"prefill_chunk_size": 7}, {"use_cache": False}],
+)
+def test_texts_are_those_of_the_cpu(pair, arguments):
+    reference, cpu = pair("llama")
+    engine = init_inference(copy.deepcopy(reference), dtype="float32")
+    expected = cpu.generate(IDS, MASK, **QUIET, **arguments)
+    got = engine.generate(IDS.cuda(), MASK.cuda(), **QUIET, **arguments)
+    assert got.is_cuda
+    assert torch.equal(got.cpu(), expected)
+
+
+def test_streams(pair):
+    reference, cpu = pair("llama")
+    engine = init_inference(copy.deepcopy(reference), dtype="float32")
+    prompts = [[5, 60, 7], [200], list(range(40, 70))]
+    settings = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    assert engine.generate_many(prompts, **settings) == cpu.generate_many(prompts, **settings)
+
+
+def test_a_module_on_the_gpu_is_moved_without_a_second_copy():
+    module = make_model("llama", num_hidden_layers=12, hidden_size=768, intermediate_size=3072).cuda()
+    whole = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    engine = init_inference(module)
+    assert engine.device == torch.device("cuda", 0)
+    layer = sum(weight.nbytes for weight in engine.module.blocks[0].parameters())
+    assert torch.cuda.max_memory_allocated() <= whole + 2 * layer
+    engine.generate(IDS.cuda(), MASK.cuda(), **QUIET)
+    engine.destroy()
+    del module, engine
+    gc.collect()
+    assert torch.cuda.memory_allocated() < whole / 4

@@ -1,0 +1,225 @@
+"""Keys and values of a padded batch in pages: what transformers' generation passes around as the cache.
+
+Columns are tokens as the caller counts them, padding included; only real ones have keys and values. Rows share the
+blocks of what they have in common (beams, copies of a prompt): a block is copied when one of its holders writes to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from headrace.kernels.kv import KVCache
+from headrace.kernels.spec import ModelSpec
+
+__all__ = ["PagedCache"]
+
+BLOCK_SIZE = 16
+_FIRST_BLOCKS = 4  # per row, when nobody said how long texts get
+
+
+class PagedCache(Cache):  # type: ignore[misc]
+    """A growing cache for one batch; `InferenceEngine.new_cache` makes one.
+
+    Attributes:
+        lens: real tokens of each row.
+        mask: [rows, columns] bool on the host, which columns are real.
+        tables: blocks of each row, in order.
+        kv: the tensors; None until the first tokens come.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, expected_tokens: int | None = None
+    ) -> None:
+        super().__init__(layers=[])
+        self._spec = spec
+        self._dtype = dtype
+        self._device = device
+        self._expected_tokens = expected_tokens
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, and free the memory."""
+        self.kv: KVCache | None = None
+        self.lens: list[int] = []
+        self.tables: list[list[int]] = []
+        self.mask = torch.zeros(0, 0, dtype=torch.bool)
+        self._holders: list[int] = []
+        self._free: list[int] = []
+
+    # ------------------------------------------------------------------------------------- what transformers asks for
+
+    def __repr__(self) -> str:
+        return f"PagedCache(rows={len(self.lens)}, columns={self.mask.shape[1]}, blocks={self.num_held})"
+
+    def __len__(self) -> int:
+        return len(self._spec.layers)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first tokens."""
+        return len(self.lens) or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there is anything in it."""
+        return self.kv is not None
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Nothing is dropped, also where layers see a window only."""
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """All layers attend."""
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """All layers have keys and values of their own."""
+        return [False] * len(self)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far, padding included."""
+        return self.mask.shape[1]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """There is no longest text but the engine's."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a mask for so many more tokens has, and where they begin."""
+        return self.get_seq_length() + query_length, 0
+
+    def update(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Keys and values are written by the engine's own layers, never by those of transformers."""
+        raise TypeError("A headrace cache works with the engine that made it; give other models a cache of their own.")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows, side by side."""
+        self.batch_select_indices(torch.arange(len(self.lens)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows named by numbers or by a mask, in that order; a row may be kept several times."""
+        rows = torch.arange(len(self.lens))[indices.to("cpu")]
+        self.mask = self.mask[rows]
+        tables = [list(self.tables[row]) for row in rows.tolist()]
+        for table in tables:
+            for block in table:
+                self._holders[block] += 1
+        for table in self.tables:
+            self._release(table)
+        self.lens = [self.lens[row] for row in rows.tolist()]
+        self.tables = tables
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove so many columns, given as a negative number; a positive one says how many to keep."""
+        columns = self.mask.shape[1]
+        keep = columns + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, columns)
+        self.mask = self.mask[:, : max(0, keep)]
+        self.lens = [int(length) for length in self.mask.sum(1)]
+        for row, length in enumerate(self.lens):
+            needed = -(-length // BLOCK_SIZE)
+            self._release(self.tables[row][needed:])
+            del self.tables[row][needed:]
+
+    # --------------------------------------------------------------------------------------- what the engine asks for
+
+    @property
+    def num_held(self) -> int:
+        """Blocks in use."""
+        return sum(holders > 0 for holders in self._holders)
+
+    def extend(self, new: Tensor) -> KVCache:
+        """Add columns, and make room for the real tokens among them.
+
+        Args:
+            new: [rows, columns] bool on the host; the first ones decide how many rows there are.
+
+        Returns:
+            The tensors to write to, at the slots that `tables` name.
+        """
+        if not self.lens:
+            self.lens = [0] * len(new)
+            self.tables = [[] for _ in self.lens]
+            self.mask = self.mask.new_zeros(len(new), 0)
+        counts: list[int] = new.sum(1).tolist()
+        self._make_room(counts)
+        copies: list[tuple[int, int]] = []
+        for row, count in enumerate(counts):
+            table, length = self.tables[row], self.lens[row]
+            if count and length % BLOCK_SIZE and self._holders[table[-1]] > 1:
+                copies.append((table[-1], self._own_copy(table)))
+            missing = -(-(length + count) // BLOCK_SIZE) - len(table)
+            table += [self._take() for _ in range(missing)]
+            self.lens[row] = length + count
+        self.mask = torch.cat((self.mask, new), dim=1)
+        assert self.kv is not None
+        if copies:
+            self._copy(copies)
+        return self.kv
+
+    def validate(self) -> None:
+        """Assert the invariants; tests call it after every call."""
+        counted = [0] * len(self._holders)
+        for table, length, row in zip(self.tables, self.lens, self.mask, strict=True):
+            assert len(table) == -(-length // BLOCK_SIZE), "a row has too many or too few blocks"
+            assert int(row.sum()) == length, "a row's length is not that of its mask"
+            for block in table:
+                counted[block] += 1
+        assert counted == self._holders, "holders differ from the rows' tables"
+        assert sorted(self._free) == [block for block, count in enumerate(counted) if not count], "blocks leaked"
+
+    def _make_room(self, counts: list[int]) -> None:
+        """Have enough free blocks for so many more tokens of each row, and for copies of shared ones."""
+        wanted = sum(
+            -(-(length + count) // BLOCK_SIZE) - length // BLOCK_SIZE
+            for length, count in zip(self.lens, counts, strict=True)
+        )
+        if wanted <= len(self._free) and self.kv is not None:
+            return
+        per_row = _FIRST_BLOCKS if self._expected_tokens is None else -(-self._expected_tokens // BLOCK_SIZE)
+        total = max(2 * len(self._holders), self.num_held + wanted, per_row * len(self.lens))
+        with torch.inference_mode(False):  # what is made in that mode could not be written to outside of it
+            old, self.kv = self.kv, KVCache(self._spec, total, BLOCK_SIZE, self._dtype, self._device)
+        if old is not None:
+            used = len(self._holders) * BLOCK_SIZE
+            for layer in range(len(self)):
+                for new, was in zip(self.kv.layer(layer), old.layer(layer), strict=True):
+                    new[:used] = was[:used]
+        self._free += range(len(self._holders), total)
+        self._holders += [0] * (total - len(self._holders))
+
+    def _take(self) -> int:
+        block = self._free.pop()
+        self._holders[block] = 1
+        return block
+
+    def _own_copy(self, table: list[int]) -> int:
+        """Exchange a row's last block, which others hold too, for one of its own."""
+        self._release(table[-1:])
+        table[-1] = self._take()
+        return table[-1]
+
+    def _release(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free.append(block)
+
+    def _copy(self, pairs: list[tuple[int, int]]) -> None:
+        assert self.kv is not None
+        sources, targets = torch.tensor(pairs, device=self._device).T
+        for layer in range(len(self)):
+            for tensor in self.kv.layer(layer):
+                blocks = tensor.view(-1, BLOCK_SIZE, *tensor.shape[1:])
+                blocks[targets] = blocks[sources]

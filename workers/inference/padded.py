@@ -1,0 +1,122 @@
+"""A model for padded batches: token ids and a mask in, logits where the tokens were out.
+
+It is what `forward` and transformers' generation loop compute with; everything between is ragged and paged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.errors import ContextLengthError, InvalidRequestError
+from headrace.kernels.model import Model
+from headrace.workers.inference.cache import PagedCache
+from headrace.workers.inference.inputs import check_positions, real_tokens
+from headrace.workers.inference.ragged import kept_columns, last_columns, pack, unpack
+
+__all__ = ["PaddedModel"]
+
+
+class PaddedModel:
+    """A model, and the most tokens that one text may have.
+
+    Attributes:
+        model: it.
+        max_tokens: of one text, padding not counted.
+        device: where the model is.
+        dtype: of its weights.
+    """
+
+    def __init__(self, model: Model, *, max_tokens: int) -> None:
+        weight = model.embedding.weight
+        assert isinstance(weight, Tensor)
+        self.model = model
+        self.max_tokens = max_tokens
+        self.device = weight.device
+        self.dtype = weight.dtype
+
+    def new_cache(self, expected_tokens: int | None = None) -> PagedCache:
+        """An empty cache; if one knows how long its texts get, it takes the memory for that at once."""
+        expected = None if expected_tokens is None else min(expected_tokens, self.max_tokens)
+        return PagedCache(self.model.spec, dtype=self.dtype, device=self.device, expected_tokens=expected)
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: PagedCache,
+        logits_to_keep: int | Tensor,
+    ) -> Tensor:
+        """Logits [B, K, vocab] in the wanted columns, zero for padding; the cache is added to.
+
+        Raises:
+            InvalidRequestError: mask, positions and cache do not fit each other.
+            ContextLengthError: a text gets too long; the cache is as it was.
+        """
+        real = real_tokens(mask, input_ids, cache)
+        if position_ids is not None:
+            check_positions(position_ids, real, cache)
+        columns = input_ids.shape[1]
+        logits = self._compute(input_ids, real, cache, kept_columns(columns, logits_to_keep))
+        if isinstance(logits_to_keep, Tensor):
+            named = np.arange(columns)[logits_to_keep.cpu().numpy()]
+            logits = logits[:, torch.from_numpy(np.unique(named, return_inverse=True)[1]).to(self.device)]
+        return logits
+
+    def next_logits(
+        self, input_ids: Tensor, mask: Tensor | None, cache: PagedCache, logits_to_keep: int | Tensor
+    ) -> Tensor:
+        """As `logits`, for a loop that reads the last column: there are, of each text, those of its last token."""
+        real = real_tokens(mask, input_ids, cache)
+        columns = kept_columns(input_ids.shape[1], logits_to_keep)
+        if len(columns) == 1 and not real[:, -1].all():
+            begun = np.array(cache.lens or [0] * len(real)) > 0
+            if (begun & ~real.any(1)).any():
+                raise InvalidRequestError(
+                    "A prompt ends before the last chunk of the prefill; pad on the left, or leave out "
+                    "prefill_chunk_size.",
+                    param="attention_mask",
+                )
+            columns = last_columns(real)
+        return self._compute(input_ids, real, cache, columns)
+
+    def check_prompt(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Refuse what would fail, or go on from nothing, once generation has begun.
+
+        Raises:
+            InvalidRequestError: mask or positions are wrong, or a row has no token.
+        """
+        blank = self.new_cache()
+        real = real_tokens(mask, input_ids, blank)
+        if position_ids is not None:
+            check_positions(position_ids, real, blank)
+        if len(empty := np.flatnonzero(~real.any(1))):
+            raise InvalidRequestError(
+                f"Row {empty[0]} of attention_mask is all 0, so there is no text to go on from; drop the row.",
+                param="attention_mask",
+            )
+
+    def check_length(self, length: int) -> None:
+        """Refuse a text of so many tokens if it is too long.
+
+        Raises:
+            ContextLengthError: it is.
+        """
+        if length > self.max_tokens:
+            raise ContextLengthError(
+                f"Prompt and output together would be {length} tokens, but the engine holds {self.max_tokens}. Shorten "
+                "the prompt or lower max_new_tokens or max_length.",
+                param="max_length",
+            )
+
+    def _compute(self, input_ids: Tensor, real: np.ndarray, cache: PagedCache, columns: np.ndarray) -> Tensor:
+        counts = real.sum(1)
+        self.check_length(int((np.array(cache.lens or 0) + counts).max()))
+        kv = cache.extend(torch.from_numpy(real))
+        if not counts.any():
+            shape = (len(real), columns.shape[-1], self.model.spec.vocab_size)
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        batch, wanted = pack(input_ids.to(self.device), real, columns, cache)
+        return unpack(self.model(batch, kv), wanted)

@@ -1,0 +1,155 @@
+"""What was injected: layers, the operation in each slot, memory, and what was left alone and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from headrace.kernels.kv import KVCache
+from headrace.kernels.linear import Linear
+from headrace.kernels.model import Model
+from headrace.kernels.spec import AttentionSpec, LayerSpec, MLPSpec, RotarySpec
+from headrace.workers.inference.sources import Loaded
+
+__all__ = ["InferenceReport", "make_report"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceReport:
+    """What `init_inference` made of a model; print it.
+
+    Attributes:
+        architecture: Hugging Face class name.
+        family: policy that covers it.
+        layers_replaced: layers that are computed by the fused block.
+        layers_total: layers that the model has.
+        kernels: triton on a GPU, torch (the references) elsewhere.
+        slots: by part of a layer, the op that computes it and how; all ways if layers differ.
+        left_alone: what was not injected, and why.
+        dtype: of weights, activations and cache.
+        device: where the model is.
+        weight_bytes: memory that the weights take.
+        kv_bytes_per_token: memory that the cache takes for each token of a text.
+        max_tokens: of one text.
+    """
+
+    architecture: str
+    family: str
+    layers_replaced: int
+    layers_total: int
+    kernels: str
+    slots: dict[str, str]
+    left_alone: dict[str, str]
+    dtype: str
+    device: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    max_tokens: int
+
+    def __str__(self) -> str:
+        rows = {
+            "model": f"{self.architecture} ({self.family})",
+            "layers": f"{self.layers_replaced} of {self.layers_total} replaced",
+            "kernels": self.kernels,
+            **self.slots,
+            "dtype": f"{self.dtype} on {self.device}",
+            "weights": f"{_size(self.weight_bytes)}",
+            "cache": f"{_size(self.kv_bytes_per_token)} a token, at most {self.max_tokens:,} tokens a text",
+        }
+        width = max(len(name) for name in (*rows, "left alone"))
+        lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
+        lines += [f"{'left alone':<{width}}  {name}: {why}" for name, why in self.left_alone.items()]
+        return "\n".join(lines)
+
+
+def make_report(loaded: Loaded, *, max_tokens: int) -> InferenceReport:
+    """The report of a model."""
+    model = loaded.model
+    spec = model.spec
+    parameter = model.embedding.weight
+    assert isinstance(parameter, torch.Tensor)
+    left_alone = {"embedding": "a look-up, there is nothing to fuse it with"}
+    left_alone |= dict.fromkeys(loaded.unused, "not part of a decoder of this family")
+    return InferenceReport(
+        architecture=loaded.architecture,
+        family=loaded.policy.family,
+        layers_replaced=len(model.blocks),
+        layers_total=len(spec.layers),
+        kernels="triton" if parameter.is_cuda else "torch",
+        slots=_slots(model),
+        left_alone=left_alone,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=str(parameter.device),
+        weight_bytes=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
+        kv_bytes_per_token=KVCache.bytes_per_block(spec, 1, parameter.dtype),
+        max_tokens=max_tokens,
+    )
+
+
+def _slots(model: Model) -> dict[str, str]:
+    """By slot, the op that computes it and how; what differs between layers is named once each."""
+    layers = model.spec.layers
+    linear = _linear(model)
+    head = model.spec.head
+    assert head is not None
+    copied = head.tied and model.head is not None and model.head.weight is not model.embedding.weight
+    return {
+        "qkv": f"{linear}, queries, keys and values stacked",
+        "rotary": _each(_rotary(layer.rotary) for layer in layers),
+        "attention": _each(_attention(layer.attention) for layer in layers),
+        "out": linear,
+        "norm": _each(_norm(layer) for layer in layers),
+        "mlp": _each(_mlp(layer.mlp, linear) for layer in layers),
+        "head": linear + (", tied" if head.tied else "") + (" (packed, so a copy of the embedding)" if copied else ""),
+    }
+
+
+def _each(texts: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(texts))
+
+
+def _linear(model: Model) -> str:
+    weight = next(module for module in model.modules() if isinstance(module, Linear)).weight
+    if weight.is_cuda:
+        return "linear (cuBLAS)"
+    return "linear (oneDNN, packed)" if weight.is_mkldnn else "linear (PyTorch)"
+
+
+def _rotary(spec: RotarySpec | None) -> str:
+    if spec is None:
+        return "rotate_and_cache, which only fills the cache"
+    pairs = "neighbours" if spec.interleaved else "halves"
+    return f"rotate_and_cache, {2 * len(spec.inverse_frequencies)} values of a head, pairs are {pairs}"
+
+
+def _attention(spec: AttentionSpec) -> str:
+    heads = f"{spec.num_heads} heads" + (f" over {spec.num_kv_heads}" if spec.num_kv_heads != spec.num_heads else "")
+    parts = [f"paged_attention, {heads} of {spec.head_dim}"]
+    if spec.window is not None:
+        parts.append(f"window {spec.window}")
+    if spec.soft_cap is not None:
+        parts.append(f"soft cap {spec.soft_cap:g}")
+    if spec.alibi is not None:
+        parts.append("ALiBi")
+    if spec.qk_norm is not None:
+        parts.append("norms of q and k")
+    return ", ".join(parts)
+
+
+def _norm(layer: LayerSpec) -> str:
+    kind = {"rms": "RMSNorm", "layer": "LayerNorm"}[layer.norm.kind]
+    return f"add_norm, {kind} with the residual added, placement {layer.placement}"
+
+
+def _mlp(spec: MLPSpec, linear: str) -> str:
+    experts = f", {spec.experts.per_token} of {spec.experts.count} experts a token" if spec.experts else ""
+    return f"activate, {spec.activation}{', gate stacked on up' if spec.gated else ''}{experts}, between {linear}"
+
+
+def _size(count: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count} B"
