@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
+from headrace.kernels.ops.pair import pair
 from headrace.kernels.spec import Activation
 
 __all__ = ["activate"]
@@ -24,6 +25,7 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pair
 def activate(x: Tensor, activation: Activation, *, gated: bool) -> Tensor:
     """activation(x), or gated activation(gate) * up, where `x` [T, 2 * size] holds gate first."""
     function = _FUNCTIONS[activation]

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.kernels.batch import Batch
+from headrace.kernels.ops.pair import pair
 from headrace.kernels.ops.relative import relative_bias
 from headrace.kernels.spec import Alibi, AttentionSpec
 
 __all__ = ["paged_attention"]
 
 
+@pair
 def paged_attention(
     q_thd: Tensor, keys: Tensor, values: Tensor, batch: Batch, spec: AttentionSpec, table: Tensor | None = None
 ) -> Tensor:

@@ -7,12 +7,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.kernels.batch import Batch
+from headrace.kernels.ops.pair import pair
 from headrace.kernels.ops.relative import relative_bias
 from headrace.kernels.spec import AttentionSpec
 
 __all__ = ["full_attention"]
 
 
+@pair
 def full_attention(qkv: Tensor, batch: Batch, spec: AttentionSpec, table: Tensor | None = None) -> Tensor:
     """Every token attends to all tokens of its own text; returns [T, heads * head dim].
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
+from headrace.kernels.ops.pair import pair
 from headrace.kernels.spec import NormSpec
 
 __all__ = ["add_norm", "norm"]
 
 
+@pair
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
     """`x` normalized over its last dimension; sums are taken in fp32."""
     size = (x.shape[-1],)
@@ -22,6 +24,7 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) 
     return rms_norm(x, size, weight, spec.eps)
 
 
+@pair
 def add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
 ) -> tuple[Tensor, Tensor]:

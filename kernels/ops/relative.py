@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headrace.kernels.spec import RelativeBias
 
-__all__ = ["relative_bias"]
+__all__ = ["relative_bias", "relative_buckets"]
 
 
 def relative_bias(table: Tensor, distances: Tensor, spec: RelativeBias, *, both_directions: bool) -> Tensor:
@@ -19,7 +19,15 @@ def relative_bias(table: Tensor, distances: Tensor, spec: RelativeBias, *, both_
         table: [buckets, heads].
         distances: position of the key minus that of the query.
         spec: of the buckets.
-        both_directions: keys after the query have half of the buckets; otherwise they do not count.
+        both_directions: as in `relative_buckets`.
+    """
+    return table.float()[relative_buckets(distances, spec, both_directions=both_directions)].movedim(-1, 0)
+
+
+def relative_buckets(distances: Tensor, spec: RelativeBias, *, both_directions: bool) -> Tensor:
+    """The bucket of each distance; in `both_directions` keys after the query have half of them, else they do not count.
+
+    Everything at least `max_distance` away shares the last bucket of its side.
     """
     num_buckets = spec.num_buckets
     buckets = torch.zeros_like(distances)
@@ -32,5 +40,4 @@ def relative_bias(table: Tensor, distances: Tensor, spec: RelativeBias, *, both_
     exact = num_buckets // 2
     growing = torch.log(far.clamp(min=1).float() / exact) / math.log(spec.max_distance / exact) * (num_buckets - exact)
     large = (exact + growing.long()).clamp(max=num_buckets - 1)
-    buckets = buckets + torch.where(far < exact, far, large)
-    return table.float()[buckets].movedim(-1, 0)
+    return buckets + torch.where(far < exact, far, large)

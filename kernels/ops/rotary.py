@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.ops.norm import norm
+from headrace.kernels.ops.pair import pair
 from headrace.kernels.spec import AttentionSpec, RotarySpec
 
 __all__ = ["rotary_table", "rotate_and_cache"]
@@ -18,6 +19,7 @@ def rotary_table(spec: RotarySpec, num_positions: int, device: torch.device) -> 
     return torch.stack((angles.cos(), angles.sin()), dim=1) * spec.attention_factor
 
 
+@pair
 def rotate_and_cache(
     qkv: Tensor,
     slots: Tensor,

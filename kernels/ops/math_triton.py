@@ -1,0 +1,34 @@
+"""What kernels share: options, and functions in forms that Triton's interpreter computes too."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["OPTIONS", "round_to_bfloat16", "sigmoid", "tanh"]
+
+# Of every launch. Triton 3.9 warns if nobody says whether a * b + c may be rounded once, and 3.10 changes its mind.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+@triton.jit
+def sigmoid(x):
+    """Of float32; where exp overflows, the limit comes out."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """Of float32, within 1e-7."""
+    small = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
+def round_to_bfloat16(x):
+    """The nearest bfloat16, ties to even, as float32. The interpreter's own cast cuts digits off."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    return (bits & -65536).to(tl.float32, bitcast=True)
