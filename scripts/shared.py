@@ -77,6 +77,13 @@ _ENGINE = (
         help="Of weights and KV cache; auto takes the checkpoint's.",
     ),
     option(
+        "--device",
+        heading="Model",
+        metavar="DEVICE",
+        default="auto",
+        help="cpu, cuda or cuda:N; auto takes the first GPU if there is one.",
+    ),
+    option(
         "--max-model-len",
         heading="Model",
         metavar="TOKENS",
@@ -213,6 +220,7 @@ def engine_config(values: dict[str, Any]) -> EngineConfig:
         kv_tokens=values["kv_tokens"],
         prefix_cache=values["prefix_cache"],
         dtype=values["dtype"],
+        device=values["device"],
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from headrace.errors import ConfigError
 
 __all__ = ["EngineConfig"]
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +24,7 @@ class EngineConfig:
         kv_tokens: tokens the KV cache holds; None sizes it from the free memory.
         prefix_cache: whether sequences share the KV of equal beginnings.
         dtype: of weights and KV; "auto" takes the checkpoint's.
+        device: cpu, cuda or cuda:N; "auto" takes the first GPU if there is one.
 
     Raises:
         ConfigError: a value is out of range.
@@ -33,6 +37,7 @@ class EngineConfig:
     kv_tokens: int | None = None
     prefix_cache: bool = True
     dtype: str = "auto"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_batch_tokens", "block_size", "kv_tokens"):
@@ -41,6 +46,8 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1.", param=name)
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device is {self.device!r}; give auto, cpu, cuda or cuda:N.", param="device")
         if self.kv_tokens is not None and self.kv_tokens < self.block_size:
             raise ConfigError(
                 f"kv_tokens is {self.kv_tokens}, less than one block of {self.block_size} tokens; raise it.",

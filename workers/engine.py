@@ -112,6 +112,7 @@ class Engine:
         """The engine of a model folder; `progress` is told bytes done and bytes in all."""
         from headrace.workers.checkpoint import Checkpoint
         from headrace.workers.describe import describe
+        from headrace.workers.device import pick_device
         from headrace.workers.loader import load_model
 
         checkpoint = Checkpoint(folder)
@@ -123,7 +124,7 @@ class Engine:
                 param="model",
             )
         card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
-        model = load_model(checkpoint, dtype=config.dtype, progress=progress)
+        model = load_model(checkpoint, dtype=config.dtype, device=pick_device(config.device), progress=progress)
         return cls(model, card, config, blobs=blobs)
 
     # ---------------------------------------------------------------------------------------------------- streams
@@ -337,9 +338,10 @@ def _max_model_len(card: ModelCard, config: EngineConfig) -> int:
 def _num_blocks(model: Model, config: EngineConfig, max_model_len: int) -> int:
     if config.kv_tokens is not None:
         return config.kv_tokens // config.block_size
-    dtype = next(model.parameters()).dtype
+    parameter = next(model.parameters())
     return default_kv_blocks(
-        bytes_per_block=KVCache.bytes_per_block(model.spec, config.block_size, dtype),
+        parameter.device,
+        bytes_per_block=KVCache.bytes_per_block(model.spec, config.block_size, parameter.dtype),
         block_size=config.block_size,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,

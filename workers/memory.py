@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["available_bytes", "default_kv_blocks"]
 
 _CPU_SHARE = 0.25
+_GPU_SHARE = 0.85  # of what the weights left; the rest is for the tensors of a step
 _CPU_MOST = 2 * 2**30  # a CPU reads that much in about a second per step: more sequences would only crawl
 
 
@@ -25,8 +30,15 @@ def available_bytes() -> int:
     return available
 
 
-def default_kv_blocks(*, bytes_per_block: int, block_size: int, max_model_len: int, max_num_seqs: int) -> int:
-    """Blocks for a modest share of the free memory, and no more than all sequences at full length can use."""
-    room = min(int(available_bytes() * _CPU_SHARE), _CPU_MOST)
+def default_kv_blocks(
+    device: torch.device, *, bytes_per_block: int, block_size: int, max_model_len: int, max_num_seqs: int
+) -> int:
+    """Blocks for a share of the device's free memory, and no more than all sequences at full length can use."""
+    if device.type == "cuda":
+        import torch
+
+        room = int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
+    else:
+        room = min(int(available_bytes() * _CPU_SHARE), _CPU_MOST)
     useful = max_num_seqs * -(-max_model_len // block_size)
     return max(1, min(room // bytes_per_block, useful))

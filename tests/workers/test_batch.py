@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,6 +86,8 @@ def test_a_batch_says_of_each_token_where_it_is(sizes, num_blocks, budget):
         ("block_size", True),
         ("kv_tokens", 0),
         ("kv_tokens", 15),
+        ("device", "tpu"),
+        ("device", "cuda:x"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(name, value):
@@ -94,12 +97,13 @@ def test_settings_out_of_range_are_refused_by_name(name, value):
 
 
 def test_the_default_cache_takes_a_share_of_memory_and_no_more_than_is_of_use(monkeypatch):
+    cpu = torch.device("cpu")
     sizes = {"block_size": 16, "max_model_len": 1024, "max_num_seqs": 4}
     monkeypatch.setattr(memory, "available_bytes", lambda: 4 << 30)
-    assert memory.default_kv_blocks(bytes_per_block=1 << 20, **sizes) == 4 * 64
-    assert memory.default_kv_blocks(bytes_per_block=64 << 20, **sizes) == 16
+    assert memory.default_kv_blocks(cpu, bytes_per_block=1 << 20, **sizes) == 4 * 64
+    assert memory.default_kv_blocks(cpu, bytes_per_block=64 << 20, **sizes) == 16
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
-    assert memory.default_kv_blocks(bytes_per_block=1 << 20, **sizes) == 1
+    assert memory.default_kv_blocks(cpu, bytes_per_block=1 << 20, **sizes) == 1
 
 
 def test_available_memory_is_a_plausible_number():

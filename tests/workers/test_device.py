@@ -1,0 +1,46 @@
+"""Settings made into devices, on a machine that has what a test says it has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.errors import ConfigError
+from headrace.workers.device import pick_device
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that there are some; returns what became the current one."""
+
+    def pretend(count: int) -> list[int]:
+        current: list[int] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        return current
+
+    return pretend
+
+
+def test_auto_takes_the_first_gpu_if_there_is_one(gpus):
+    gpus(0)
+    assert pick_device("auto") == torch.device("cpu")
+    current = gpus(2)
+    assert pick_device("auto") == torch.device("cuda", 0)
+    assert current == [0]
+
+
+def test_a_gpu_becomes_the_current_one(gpus):
+    current = gpus(3)
+    assert pick_device("cuda:2") == torch.device("cuda", 2)
+    assert pick_device("cpu") == torch.device("cpu")
+    assert current == [2]
+
+
+@pytest.mark.parametrize(("wanted", "count"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_that_is_not_there_is_refused(gpus, wanted, count):
+    gpus(count)
+    with pytest.raises(ConfigError, match=f"has {count} GPU") as caught:
+        pick_device(wanted)
+    assert caught.value.param == "device"

@@ -1,0 +1,31 @@
+"""Where an engine computes: a setting made into a device of this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from headrace.errors import ConfigError
+
+__all__ = ["pick_device"]
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device that a setting means: auto, cpu, cuda or cuda:N. A GPU becomes the current one of this process.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(("cuda" if count else "cpu") if wanted == "auto" else wanted)
+    if device.type == "cpu":
+        return device
+    index = device.index or 0
+    if index >= count:
+        has = f"{count} GPU{'s' if count != 1 else ''} that torch {torch.__version__} can use"
+        raise ConfigError(
+            f"device is {wanted!r}, but this machine has {has}. Give --device cpu or auto, or check the driver with "
+            "nvidia-smi and that torch was built with CUDA.",
+            param="device",
+        )
+    torch.cuda.set_device(index)  # kernels are launched on the current device
+    return torch.device("cuda", index)
