@@ -19,7 +19,7 @@ from headrace.messages import Ack, Done, Error, Finish, TokenRun, Tokens
 
 __all__ = ["Connection", "Delivery"]
 
-_MESSAGE_BYTES = 256 << 10  # of tokens in one message; more would near the limits of the codec
+_MESSAGE_BYTES = 64 << 10  # of tokens in one message: beyond that the codec looks at every value
 _RUN_BYTES = 32  # what a run costs besides its tokens
 
 
@@ -175,7 +175,7 @@ class Delivery:
             if count:
                 weight = stream.job.weight
                 if count * weight > room:
-                    count = max(0, room // weight)
+                    count = max(0 if unacked else 1, room // weight)  # a window holds one token, however small it is
                     run = None
                 if count:
                     if run is None or run[3] != sent:

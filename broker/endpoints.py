@@ -16,7 +16,9 @@ from headrace.errors import AddressError
 __all__ = ["Listener"]
 
 # Peers x high-water mark x frame size is the memory bound of a ROUTER; its defaults are "no limit" times a thousand.
-_OPTIONS = {
+# No option bounds the frames of one message that does not end: they gather until the connection does. That is one more
+# reason why only this user may connect.
+_OPTIONS: dict[int, int | bytes] = {
     zmq.ROUTER_MANDATORY: 1,  # without it a ROUTER drops what it cannot send, in silence
     zmq.ROUTER_HANDOVER: 1,
     zmq.LINGER: 0,
@@ -25,6 +27,9 @@ _OPTIONS = {
     zmq.HEARTBEAT_TIMEOUT: 6000,
     zmq.MAXMSGSIZE: MAX_BODY,
     zmq.BACKLOG: 1024,
+    # Nobody checks this domain, but with one set libzmq hangs up on all that does not speak ZMTP 3. Without, it takes
+    # HTTP for the first words of a ZMTP 1 peer and waits for the rest of them for ever.
+    zmq.ZAP_DOMAIN: b"headrace",
 }
 
 _FAREWELL_MS = 100  # for the last words of a broker that stops

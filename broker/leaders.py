@@ -17,7 +17,7 @@ from headrace.broker.refusals import unsupported_version
 from headrace.broker.replays import Replays
 from headrace.broker.report import Counters
 from headrace.broker.strangers import Strangers
-from headrace.errors import HeadraceError, ProtocolError
+from headrace.errors import ConfigError, HeadraceError, ProtocolError
 from headrace.messages import (
     PROTOCOL_VERSION,
     Blob,
@@ -109,13 +109,19 @@ class LeaderFace:
 
     def _on_hello(self, peer: bytes, hello: GroupHello, now: float) -> None:
         problem = _problem_with(hello)
+        namesake = self._registry.by_name.get(hello.group)
+        twin = namesake is not None and namesake.peer != peer and not namesake.lives_on_as(hello)
+        if problem is None and twin and self._strangers.was_replaced(peer):
+            problem = _name_taken(hello.group)
         if problem is not None:
             self._mailer.send(Face.WORKERS, peer, Error(error=problem.to_wire()))
             return
-        namesake = self._registry.by_name.get(hello.group)
         if namesake is not None and namesake.peer != peer:
-            why = f"Another group said it is {hello.group!r}; give each its own name."
-            self.give_up(namesake, "replaced", why, now, blame=not namesake.lives_on_as(hello))
+            # The newcomer wins: nearly always it was started because the other one is dead.
+            self.lose(namesake, "replaced", now, blame=twin)
+            if twin:
+                self._strangers.replace(namesake.peer, now)
+                self._mailer.send(Face.WORKERS, namesake.peer, Error(error=_name_taken(hello.group).to_wire()))
         present = self._registry.by_peer.get(peer)
         if present is not None:
             told = self._strangers.was_reset(peer, now)
@@ -174,6 +180,10 @@ class LeaderFace:
         for group in self._registry:
             assert (group in self._downloads) == (group.state is GroupState.LOADING)
         assert all(self._registry.by_peer.get(group.peer) is group for group in self._downloads)
+
+
+def _name_taken(name: str) -> ConfigError:
+    return ConfigError(f"Another worker group said it is {name[:100]!r}; give each its own name.", param="group")
 
 
 def _problem_with(hello: GroupHello) -> HeadraceError | None:

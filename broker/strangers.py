@@ -24,6 +24,7 @@ class Strangers:
         self._mailer = mailer
         self._answered: OrderedDict[Hashable, float] = OrderedDict()
         self._resets: OrderedDict[Hashable, float] = OrderedDict()
+        self._replaced: OrderedDict[Hashable, float] = OrderedDict()
 
     def complain(self, face: Face, peer: bytes, error: HeadraceError, now: float) -> bool:
         """Tell a peer what is wrong; False if it was told a moment ago."""
@@ -46,6 +47,14 @@ class Strangers:
         """Whether a leader that says hello again was told to."""
         return now - self._resets.get(peer, -_RESET_ECHO) < _RESET_ECHO
 
+    def replace(self, peer: bytes, now: float) -> None:
+        """Another process took the name of this leader's group: it must not take it back, and so on for ever."""
+        _note(self._replaced, peer, now)
+
+    def was_replaced(self, peer: bytes) -> bool:
+        """Whether another process took the name of this leader's group."""
+        return peer in self._replaced
+
     def _may_answer(self, face: Face, peer: bytes, now: float) -> bool:
         key = (face, peer)
         if now - self._answered.get(key, -_ANSWER_AGAIN) < _ANSWER_AGAIN:
@@ -57,6 +66,7 @@ class Strangers:
         """Assert what must hold between events."""
         assert len(self._answered) <= _MAX_REMEMBERED
         assert len(self._resets) <= _MAX_REMEMBERED
+        assert len(self._replaced) <= _MAX_REMEMBERED
 
 
 def _note(times: OrderedDict[Hashable, float], key: Hashable, now: float) -> None:
