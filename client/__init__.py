@@ -1,19 +1,19 @@
 """The client library: text in, text out, over the broker; neither torch nor transformers, and cheap to import.
 
-session     the pure core: what to say to the broker and what the answers mean
-transport   the one thread that owns the socket
-sync, aio   `Client` and `AsyncClient`, thin faces with the same names
-prepare     a caller's arguments made into a request
-assemble    tokens made into deltas and completions
-map         many prompts through a bounded window
-catalog     model cards and texts, fetched once
-blobs       files by hash, kept on disk
-text        one model's tokenizer and chat template
-template    chat templates in a sandbox
-markers     keeps special tokens out of what users write
-detokenizer tokens to text, never half a character
-stops       stop strings, never half of one leaked
-types       the values that a caller sees
+sync, aio    `Client` and `AsyncClient`, thin faces with the same names
+core         what both share; batch is a `map` under way, over the bounded window of map
+prepare      a caller's arguments made into a request
+assemble     tokens made into deltas and completions
+catalog      model cards and texts, fetched once; blobs keeps their files on disk
+text         one model's tokenizer and chat template
+template     chat templates in a sandbox
+markers      keeps special tokens out of what users write
+detokenizer  tokens to text, never half a character
+stops        stop strings, never half of one leaked
+transport    the one thread that owns the socket; inbox is where it puts news
+session      the pure core: what to say to the broker and what the answers mean. Its parts: link (the connection),
+             flights (requests), questions, receipts (acknowledgements), overdue (timeouts), outbox; events is its words
+types        the values that a caller sees
 """
 
 from __future__ import annotations

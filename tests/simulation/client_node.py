@@ -45,17 +45,25 @@ class ClientNode:
         if self.probe.session.link is not Link.CLOSED:
             self._obey(self.probe.start(requests, self._world.now))
 
-    def drop(self, ticket: int) -> None:
-        """The caller closed this one."""
+    def drop(self, ticket: int) -> bytes | None:
+        """The caller closed this one; its id if it had not ended."""
         outcome = self.outcomes.get(ticket)
-        if outcome is not None and not outcome.over:
-            outcome.dropped = True
-            self._feed(Drop(ticket))
+        flight = next((flight for flight in self.probe.session.flights() if flight.ticket == ticket), None)
+        if outcome is None or flight is None:
+            return None
+        outcome.dropped = True
+        self._feed(Drop(ticket))
+        return flight.id
 
     def lose_link(self) -> None:
         """The connection to the broker breaks."""
         if self.dealer is not None:
             self.dealer.lose()
+
+    def shake_link(self, seconds: float) -> None:
+        """Some of what is said to or by it never arrives, or twice."""
+        if self.dealer is not None:
+            self.dealer.shake(seconds)
 
     def close(self) -> None:
         """The program ends, with last words."""

@@ -41,9 +41,16 @@ class Router(Protocol):
 class _Pipe:
     """One direction: in order, each message after a delay, none while somebody holds it up."""
 
-    def __init__(self, world: World, held: Callable[[], bool], deliver: Callable[[Message], None]) -> None:
+    def __init__(
+        self,
+        world: World,
+        held: Callable[[], bool],
+        shaky: Callable[[], bool],
+        deliver: Callable[[Message], None],
+    ) -> None:
         self._world = world
         self._held = held
+        self._shaky = shaky
         self._deliver = deliver
         self._queue: deque[tuple[float, Message]] = deque()
         self._ready = 0.0
@@ -53,6 +60,13 @@ class _Pipe:
         return len(self._queue)
 
     def push(self, message: Message) -> None:
+        copies = self._world.random.choice([0, 1, 1, 1, 2]) if self._shaky() else 1
+        if copies != 1:
+            self._world.note(f"{'repeated' if copies else 'lost'} a {type(message).__name__}")
+        for _ in range(copies):
+            self._enter(message)
+
+    def _enter(self, message: Message) -> None:
         self._ready = max(self._ready, self._world.now + self._world.between(0.0, self.slowness))
         self._queue.append((self._ready, message))
         self._world.after(self._ready - self._world.now, self._pump)
@@ -76,6 +90,7 @@ class Link:
         up: whether messages can still arrive.
         known: whether the broker's end of it still stands: it may take a while to notice that the other is gone.
         partitioned_until: nothing arrives before.
+        shaky_until: before that, messages get lost or repeated, as ZeroMQ never does; sessions do not rely on it.
     """
 
     def __init__(self, world: World, dealer: Dealer, router: Router, identity: bytes, capacity: int) -> None:
@@ -83,16 +98,20 @@ class Link:
         self.face = dealer.face
         self.up = self.known = True
         self.partitioned_until = 0.0
+        self.shaky_until = 0.0
         self._world = world
         self._dealer = dealer
         self._router = router
         self._capacity = capacity
-        self._to_broker = _Pipe(world, lambda: self._cut or router.frozen, self._at_broker)
-        self._to_dealer = _Pipe(world, lambda: self._cut or dealer.frozen(), self._at_dealer)
+        self._to_broker = _Pipe(world, lambda: self._cut or router.frozen, self._shaky, self._at_broker)
+        self._to_dealer = _Pipe(world, lambda: self._cut or dealer.frozen(), self._shaky, self._at_dealer)
 
     @property
     def _cut(self) -> bool:
         return self._world.now < self.partitioned_until
+
+    def _shaky(self) -> bool:
+        return self._world.now < self.shaky_until
 
     @property
     def full(self) -> bool:
@@ -193,6 +212,11 @@ class Dealer:
         """Nothing arrives for that long, in neither direction."""
         if self.link is not None:
             self.link.partitioned_until = self._world.now + seconds
+
+    def shake(self, seconds: float) -> None:
+        """Some of what is said in that time never arrives, or twice."""
+        if self.link is not None:
+            self.link.shaky_until = self._world.now + seconds
 
     def _connect(self) -> None:
         if not self._open or self.link is not None:

@@ -36,7 +36,8 @@ class Plan:
     Attributes:
         faults: kinds of faults, drawn from `FAULTS`.
         count: how many of them, at most.
-        demanding: also cancels, deadlines, impatient clients, tiny queues and windows.
+        cancels: callers close some of their streams.
+        demanding: also deadlines, impatient clients, tiny queues.
         poison: how many requests take down the group that runs them.
         excuses: errors that a request without fault of its own may end with; mostly there are none.
         within: seconds that no request takes longer than, if there is room for all of them.
@@ -44,6 +45,7 @@ class Plan:
 
     faults: tuple[str, ...] = ()
     count: int = 0
+    cancels: bool = False
     demanding: bool = False
     poison: int = 0
     excuses: tuple[type[HeadraceError], ...] = ()
@@ -56,7 +58,7 @@ class Simulation:
     def __init__(self, seed: int, plan: Plan) -> None:
         self.plan = plan
         self.world = world = World(seed)
-        self.roomy = world.chance(0.5)  # there is no queue worth mentioning
+        self.roomy = world.chance(0.5)  # rows and windows for all, so that nobody waits for anybody
         rows = 16 if self.roomy else world.random.choice([1, 2, 4])
         pace = 0.005 if self.roomy else world.random.choice([0.005, 0.02, 0.1])
         self.broker = BrokerNode(world, self._config())
@@ -93,11 +95,14 @@ class Simulation:
     # -------------------------------------------------------------------------------------------------- the workload
 
     def _config(self) -> BrokerConfig:
-        limits: dict[str, Any] = {"idempotency_window": 5.0, "idle_client_timeout": 20.0}
+        choice = self.world.random.choice
+        limits: dict[str, Any] = {
+            "idempotency_window": 5.0,
+            "idle_client_timeout": 20.0,
+            "window_bytes": 1 << 20 if self.roomy else choice([400, 4000, 1 << 20]),
+        }
         if self.plan.demanding:
-            choice = self.world.random.choice
             limits |= {
-                "window_bytes": choice([400, 4000, 1 << 20]),
                 "max_queued_requests": choice([8, 64, 1024]),
                 "idempotency_window": choice([2.0, 20.0]),
                 "max_finished": choice([4, 4096]),
@@ -118,21 +123,31 @@ class Simulation:
         for _ in range(world.random.choice([1, 1, 3, 8])):
             self._tickets += 1
             requests[self._tickets] = self._request(self._tickets)
-            if self.plan.demanding and world.chance(0.15):
+            if self.plan.cancels and world.chance(0.15):
                 ticket = self._tickets
-                world.after(world.between(0.0, 5.0), lambda ticket=ticket: self._drop(client, ticket))
+                delay = world.between(0.0, 0.5 if self.roomy else 5.0)
+                world.after(delay, lambda ticket=ticket: self._drop(client, ticket))
         client.start(requests)
         if world.now < self._ends_at - 3.0:
             world.after(world.between(0.5, 6.0), lambda: self._submit(client))
 
     def _drop(self, client: ClientNode, ticket: int) -> None:
-        if not client.frozen:
-            client.drop(ticket)
+        if client.frozen or (id := client.drop(ticket)) is None:
+            return
+        if not self.plan.faults:
+            self.world.after(0.5, lambda: self._check_forgotten(id))
+
+    def _check_forgotten(self, id: bytes) -> None:
+        core = self.broker.core
+        assert core is not None
+        assert id not in core.jobs.live, "a cancelled request goes on"
+        self.world.note("a cancel was heard")
 
     def _request(self, ticket: int) -> Spec:
         world = self.world
         choices = world.random.choice([1, 1, 1, 2, 3])
-        sampling: dict[str, Any] = {"seed": ticket, "max_tokens": world.random.randint(1, 60)}
+        longest = 400 if self.plan.cancels and self.roomy else 60  # or it ends before it is cancelled
+        sampling: dict[str, Any] = {"seed": ticket, "max_tokens": world.random.randint(1, longest)}
         if choices > 1:
             sampling["n"] = choices
         if world.chance(0.3):
@@ -253,6 +268,7 @@ def _partition(simulation: Simulation, node: ClientNode | GroupNode, low: float,
 FAULTS: dict[str, Callable[[Simulation], object]] = {
     "a client loses its link": lambda s: s.any_client().lose_link(),
     "a client is cut off": lambda s: _partition(s, s.any_client(), 0.1, 25.0),
+    "a client's link is shaky": lambda s: s.any_client().shake_link(s.world.between(1.0, 10.0)),
     "a client freezes": lambda s: s.freeze(s.any_client(), 0.1, 25.0),
     "a client closes": lambda s: s.any_client().close(),
     "a client vanishes": lambda s: s.any_client().vanish(),

@@ -15,7 +15,7 @@ from headrace.errors import (
 )
 from tests.simulation.simulation import FAULTS, Plan, Simulation
 
-QUICK = range(14)
+QUICK = range(10)
 LONG = range(1000, 1300)
 
 LINKS = ("a client loses its link", "a group loses its link")
@@ -34,15 +34,17 @@ ANY = (
 )
 # The longest that anybody is away is 25 s, of groups and the broker 12 s; what is beyond that, recovery took.
 PLANS = {
-    "a calm day": Plan(within=1.0),
-    "links break": Plan(faults=LINKS, count=6, within=3.0),
+    "a calm day": Plan(within=2.0),
+    "callers change their minds": Plan(cancels=True, within=8.0),
+    "messages get lost or come twice": Plan(faults=("a client's link is shaky",), count=3, within=40.0),
+    "links break": Plan(faults=LINKS, count=6, within=8.0),
     "clients are away for a while": Plan(faults=AWAY, count=3, within=60.0),
     "a group dies": Plan(faults=GROUPS, count=1, within=18.0),
     # Who is aboard two groups that die soon after each other looks like the reason for it.
     "groups die": Plan(faults=GROUPS, count=4, excuses=(WorkerCrashedError, UnavailableError)),
     "the broker dies": Plan(faults=BROKER, count=4, within=30.0),
     "a request is poison": Plan(poison=1, within=8.0),
-    "anything happens": Plan(faults=tuple(FAULTS), count=12, demanding=True, poison=1, excuses=ANY),
+    "anything happens": Plan(faults=tuple(FAULTS), count=12, cancels=True, demanding=True, poison=1, excuses=ANY),
 }
 
 
