@@ -79,6 +79,9 @@ class Submissions:
                 if job is not None:
                     self._lives.abandon(job, "client")
                 self._delivery.refuse(conn, id, RequestCancelledError("The request was cancelled."))
+            elif (ended := self._jobs.ended.get(id)) is not None and ended.client is conn:
+                # It ended on its own, but not all of it was confirmed, and nobody will: it must not fill the window.
+                self._delivery.detach(ended)
 
     def unpark(self, model: str, now: float) -> None:
         """A model was announced: submit what waited for it."""

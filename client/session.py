@@ -272,16 +272,21 @@ class Session:
         if flight is None or not 0 <= run.choice < len(flight.choices):
             return
         choice = flight.choices[run.choice]
-        if choice.ended or run.attempt < choice.attempt or len(run.tokens) % 4:
+        if run.attempt < choice.attempt or len(run.tokens) % 4:
+            return
+        flight.accepted = True
+        if choice.ended:
+            self._receipts.note(flight, run.choice, now)
             return
         choice.attempt = run.attempt
-        flight.accepted = True
         known = len(choice.output) - run.first
         if known < 0:
             self._gap(flight, now)
             return
         tokens = unpack_tokens(run.tokens)[known:]
         if not tokens:
+            # It comes again because its acknowledgement was lost: in silence the broker would take us for stuck.
+            self._receipts.note(flight, run.choice, now)
             return
         choice.output.extend(tokens)
         flight.progress(now)

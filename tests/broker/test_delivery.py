@@ -216,3 +216,18 @@ def test_notes_are_actions_like_others():
     mailer = Mailer()
     mailer.note(20, "text", number=1)
     assert mailer.take() == [Note(20, "text", {"number": 1})]
+
+
+def test_a_cancel_that_comes_after_the_end_still_opens_the_window():
+    """The broker took such a cancel for late news, and what was never to be confirmed filled the window for good."""
+    world = World(window_bytes=40)
+    world.group()
+    client = world.client()
+    client.acks = False
+    (left,) = client.submit(request(1, max_tokens=10))
+    world.settle()
+    world.step(12)
+    assert left.request.id in world.broker.jobs.ended
+    client.cancel(left)
+    client.acks = True
+    world.finish(client.submit(request(2, max_tokens=10)))

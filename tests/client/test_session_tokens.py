@@ -28,6 +28,16 @@ def test_repeats_are_dropped_and_gaps_asked_for():
     assert talk.outcome().completed
 
 
+def test_a_repeat_is_acknowledged_again():
+    """It comes again because the broker did not hear of the first; in silence it would take the reader for stuck."""
+    talk = Talk()
+    id = talk.greet()
+    talk.run(id, 0, 3)
+    assert talk.wait(0.5) == [Credit(acks=(Ack(id, 0, 3, False),))]
+    talk.run(id, 0, 3)
+    assert Credit(acks=(Ack(id, 0, 3, False),)) in talk.wait(0.5)
+
+
 def test_an_end_beyond_what_came_is_a_gap():
     talk = Talk()
     id = talk.greet()
