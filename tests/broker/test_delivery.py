@@ -224,10 +224,12 @@ def test_a_cancel_that_comes_after_the_end_still_opens_the_window():
     world.group()
     client = world.client()
     client.acks = False
-    (left,) = client.submit(request(1, max_tokens=10))
+    (left,) = client.submit(request(1, max_tokens=20))
     world.settle()
-    world.step(12)
+    world.step(22)
+    (conn,) = world.broker.delivery.connections.values()
     assert left.request.id in world.broker.jobs.ended
+    assert conn.unacked == 40
     client.cancel(left)
-    client.acks = True
-    world.finish(client.submit(request(2, max_tokens=10)))
+    assert conn.unacked == 0
+    assert not conn.jobs
