@@ -98,7 +98,7 @@ class World:
 
     def settle(self) -> None:
         """Let everybody read until nobody has anything to say."""
-        for _ in range(100):
+        for _ in range(1000):
             self.feed(TurnEnd())
             busy = [r for r in (*self.clients.values(), *self.groups) if r.inbox]
             for reader in busy:
