@@ -93,7 +93,8 @@ class Intake:
         self._delivery.touch(stream)
         if new < count - skip:  # more than was asked for: the leader lost count, we did not
             self._lives.withdraw(stream)
-            self._lives.finish(stream, "length", 0, now)
+            complete = self._lives.conclude(stream, now)
+            assert complete
         return new
 
     def take_finishes(self, group: Group, finishes: Iterable[Finish], now: float) -> None:

@@ -106,13 +106,12 @@ class Stream:
 
     def conclusion(self) -> str | None:
         """The reason to end that its tokens alone show: its group died after the last token, before saying so."""
-        if self.have >= self.job.max_tokens:
-            return "length"
+        # As an engine says it: a stop token that is also the last one allowed is a stop.
         if self.have and self.have >= int(self.job.sampling.get("min_tokens", 0)):
             last = int.from_bytes(self.output[-TOKEN_BYTES:], "little")
             if last in self.job.stops:
                 return "stop"
-        return None
+        return "length" if self.have >= self.job.max_tokens else None
 
 
 class Job:

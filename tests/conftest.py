@@ -1,10 +1,14 @@
 """Settings every test shares: one compute thread, folders of its own, kernels interpreted when there is no GPU."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
+
+# Started in the background of a shell, a process ignores Ctrl-C, and so does all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two busy processes with two OpenMP threads each on two cores run ten times slower than with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -135,6 +135,9 @@ def test_a_stream_that_is_complete_by_its_tokens():
     held_back.streams[0].adopt(pack_tokens([1, 7]), "f")
     assert held_back.streams[0].conclusion() is None
     assert job(1).streams[0].conclusion() is None
+    both = job(1, max_tokens=2)
+    both.streams[0].adopt(pack_tokens([1, 7]), "f")
+    assert both.streams[0].conclusion() == "stop"  # what its group would have said
 
 
 def test_runs_are_cut_from_the_output_with_their_logprobs():

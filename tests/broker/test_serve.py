@@ -35,6 +35,7 @@ from headrace.messages import (
     Welcome,
 )
 from tests.broker.raw import PATIENCE, Leader, Peer, Serving, Stream, alive, ask
+from tests.support.children import wait_until
 from tests.support.fake_group import FakeGroup, emit_by_seed, fake_card
 
 PLACES = {
@@ -268,7 +269,8 @@ def test_a_broker_that_is_stopped_and_continued_costs_a_pause_only(run_dir):
             peer.send(Submit(requests=(stream.request,)))
             stream.read(peer, 30)
             process.child.send_signal(signal.SIGSTOP)
-            assert psutil.Process(process.child.pid).status() == psutil.STATUS_STOPPED
+            stopped = psutil.Process(process.child.pid)
+            wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED, "the broker is stopped")
             peer.send(Ping(nonce=1))
             peer.socket.poll(1500)  # longer than a tick may be late without being a pause
             process.child.send_signal(signal.SIGCONT)

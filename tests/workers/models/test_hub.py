@@ -228,7 +228,7 @@ def test_something_else_than_a_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"config.json": b'{"architectures": ["Qwen3ForCausalLM"]}'}, UnsupportedModelError, "Qwen2ForCausalLM"),
+        ({"config.json": b'{"architectures": ["Qwen9ForCausalLM"]}'}, UnsupportedModelError, "Qwen2ForCausalLM"),
         ({"config.json": b"{"}, ModelFilesError, "config.json"),
         ({"config.json": None}, ModelFilesError, "no config.json"),
         ({"model.safetensors": None, "consolidated.safetensors": None}, ModelFilesError, "pickled"),
