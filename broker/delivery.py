@@ -91,7 +91,7 @@ class Delivery:
         """Answers of this job go to this connection from now on."""
         self.orphans.pop(job, None)
         if job.client is not None and job.client is not conn:
-            job.client.release(job)
+            self._release(job.client, job)
         if job.client is None:
             job.client = conn
             conn.jobs[job.id] = job
@@ -116,7 +116,12 @@ class Delivery:
         """Nobody reads this job any more."""
         self.orphans.pop(job, None)
         if job.client is not None:
-            job.client.release(job)
+            self._release(job.client, job)
+
+    def _release(self, conn: Connection, job: Job) -> None:
+        conn.release(job)
+        if conn.dirty:
+            self.waiting[conn] = None  # what it had under way made room for what waits
 
     def touch(self, stream: Stream) -> None:
         """The stream has something to send, or may have."""
@@ -144,6 +149,18 @@ class Delivery:
             self._flush(conn, now)
 
     def _flush(self, conn: Connection, now: float) -> None:
+        self._send_streams(conn, now)
+        if conn.errors:
+            for job in list(conn.errors):
+                assert job.error is not None
+                self._mailer.send(Face.CLIENTS, conn.peer, Error(error=job.error.to_wire(), request=job.id))
+                conn.release(job)
+            self._send_streams(conn, now)  # their part of the window is free
+        if conn.dirty and not conn.stalled:
+            self._counters.stream_stalls += 1
+        conn.stalled = bool(conn.dirty)
+
+    def _send_streams(self, conn: Connection, now: float) -> None:
         while conn.dirty:
             room = min(self._config.window_bytes - conn.unacked, _MESSAGE_BYTES)
             runs, finishes = self._gather(conn, room, now)
@@ -153,13 +170,6 @@ class Delivery:
                 self._mailer.send(Face.CLIENTS, conn.peer, Done(finishes=tuple(finishes)))
             if not runs:
                 break
-        if conn.dirty and not conn.stalled:
-            self._counters.stream_stalls += 1
-        conn.stalled = bool(conn.dirty)
-        for job in list(conn.errors):
-            assert job.error is not None
-            self._mailer.send(Face.CLIENTS, conn.peer, Error(error=job.error.to_wire(), request=job.id))
-            conn.release(job)
 
     def _gather(self, conn: Connection, room: int, now: float) -> tuple[list[TokenRun], list[Finish]]:
         """One message's worth of runs and the ends that follow them; what does not fit stays dirty."""
@@ -235,7 +245,7 @@ class Delivery:
             if final and stream.done_sent:
                 stream.final_acked = True
                 if all(s.final_acked for s in job.streams):
-                    conn.release(job)
+                    self._release(conn, job)
         if conn.dirty:
             self.waiting[conn] = None
 
@@ -254,7 +264,7 @@ class Delivery:
             if final and stream.finish is not None and stream.sent == stream.have:
                 stream.done_sent = stream.final_acked = True
                 if all(s.final_acked for s in job.streams):
-                    conn.release(job)
+                    self._release(conn, job)
         return list(unknown)
 
     def stalled_jobs(self, now: float) -> list[Job]:

@@ -80,8 +80,16 @@ class Submissions:
                     self._lives.abandon(job, "client")
                 self._delivery.refuse(conn, id, RequestCancelledError("The request was cancelled."))
             elif (ended := self._jobs.ended.get(id)) is not None and ended.client is conn:
-                # It ended on its own, but not all of it was confirmed, and nobody will: it must not fill the window.
-                self._delivery.detach(ended)
+                self._forget_rest(conn, ended)
+
+    def _forget_rest(self, conn: Connection, job: Job) -> None:
+        """It ended on its own before the cancel came; what nobody will confirm must not fill the window."""
+        if all(stream.finish is not None and stream.finish.reason == "cancelled" for stream in job.streams):
+            return  # a cancel said twice: the end of the first is on its way
+        told = job.error is None and all(stream.done_sent for stream in job.streams)
+        self._delivery.detach(job)
+        if not told:
+            self._delivery.tell(conn, job.id, RequestCancelledError("The request was cancelled."))
 
     def unpark(self, model: str, now: float) -> None:
         """A model was announced: submit what waited for it."""

@@ -126,3 +126,26 @@ def test_flow_a_group_never_gets_more_streams_than_it_has_rows(world):
     world.settle()
     assert len(group.rows) == 3
     world.finish(records)
+
+
+@pytest.mark.parametrize("how", ["it fails", "it moves to another client"])
+def test_flow_what_ends_makes_room_for_what_waits(how):
+    """Tokens that were under way when their request ended held the window shut, until something else was said."""
+    world = World(window_bytes=40, stall_timeout=60.0)
+    world.group()
+    client, other = world.client("c"), world.client("other")
+    client.acks = False
+    client.submit(request(1, max_tokens=4000, budget_ms=3000))
+    world.settle()
+    world.step(10)
+    (second,) = client.submit(request(2, max_tokens=4))
+    world.settle()
+    world.step(4)
+    assert not second.tokens[0]
+    if how == "it fails":
+        world.wait(3.5)
+    else:
+        other.submit(request(1, max_tokens=4000, budget_ms=3000))
+        world.settle()
+    assert list(second.tokens[0]) == text(2, 0, 4)[0]
+    assert second.reason == ["length"]

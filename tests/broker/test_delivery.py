@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.broker.events import Face, Note, Send
 from headrace.broker.mail import MAX_BACKLOG, Mailer
+from headrace.errors import RequestCancelledError
 from headrace.messages import Accepted, Ack, Blob, Credit, Done, GetBlob, Ping, Pong, Tokens
 from tests.broker.world import World, card, finals, request, runs, text
 
@@ -233,3 +235,22 @@ def test_a_cancel_that_comes_after_the_end_still_opens_the_window():
     client.cancel(left)
     assert conn.unacked == 0
     assert not conn.jobs
+
+
+@pytest.mark.parametrize("settings", [{"budget_ms": 500}, {"max_tokens": 20}], ids=["an error", "a good end"])
+def test_a_cancel_is_acknowledged_when_the_end_was_not_told_yet(settings):
+    world = World(window_bytes=40)
+    world.group()
+    client = world.client()
+    client.acks = False
+    (record,) = client.submit(request(1, **settings))
+    world.settle()
+    world.step(settings.get("max_tokens", 1))
+    world.blocked.add(client.peer)
+    world.wait(1.0)
+    assert record.request.id in world.broker.jobs.ended
+    client.cancel(record)
+    world.blocked.clear()
+    world.wait(1.0)
+    assert isinstance(record.error, RequestCancelledError)
+    assert not world.broker.delivery.connections[client.peer].jobs

@@ -142,7 +142,8 @@ def test_stop_and_close_can_be_repeated_and_come_early(run_dir):
 def test_a_peer_that_does_not_read_for_a_while_gets_everything_in_order(broker):
     """The pipe is really full here: ROUTER says EAGAIN, and the broker keeps what it could not send."""
     blocked = _count(broker.server, SendBlocked)
-    with Peer(broker.clients, RCVHWM=1, RCVBUF=4096) as lazy, Peer(broker.clients) as other:
+    # Below the size of a segment on loopback (64 KiB) TCP would trickle: each piece waits for a timer that doubles.
+    with Peer(broker.clients, RCVHWM=1, RCVBUF=1 << 18) as lazy, Peer(broker.clients) as other:
         lazy.greet()
         other.greet()
         count, until = 0, time.monotonic() + PATIENCE
