@@ -63,6 +63,8 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Measure the engine on CPU beside transformers."""
+    # As in the worker processes: threads that spin while they wait collapse as soon as anybody else needs a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     import transformers
 
