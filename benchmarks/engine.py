@@ -122,9 +122,12 @@ def _measure(ours: Any, theirs: Any, batch: int, prompt: int, new: int, rounds: 
 class _Headrace:
     def __init__(self, folder: Path, dtype: str, batch: int, length: int) -> None:
         from headrace.workers.engine import Engine, EngineConfig
+        from headrace.workers.engines import load_engine
 
         config = EngineConfig(dtype=dtype, kv_tokens=batch * (length + 32), max_num_seqs=batch)
-        self._engine = Engine.load(folder, config)
+        engine = load_engine(folder, config)
+        assert isinstance(engine, Engine), "only models that generate are compared"
+        self._engine = engine
         self._engine.warm_up()
         self.name = self._engine.card.name
         self.vocab_size = self._engine.card.vocab_size

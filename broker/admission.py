@@ -7,9 +7,11 @@ import hashlib
 from headrace.broker.groups import Model
 from headrace.broker.refusals import model_changed
 from headrace.broker.requests import TOKEN_BYTES, Job
+from headrace.card import ModelCard
 from headrace.errors import ContextLengthError, InvalidRequestError
 from headrace.messages import Request, unpack_tokens
 from headrace.sampling import SamplingParams
+from headrace.tasks import EMBED, FILL_MASK, GENERATE, PoolingParams
 
 __all__ = ["check", "check_id", "digest", "is_same", "quarantine_key"]
 
@@ -31,9 +33,10 @@ def digest(request: Request, model: str, sampling: SamplingParams) -> bytes:
 
     Seed and max_tokens are left out: a client that submits again after a restart fills in those it was told.
     """
-    body = hashlib.sha256(f"{model}\0{sampling.n}\0".encode())
+    body = hashlib.sha256(f"{model}\0{request.task}\0{sampling.n}\0".encode())
     settings = {k: v for k, v in sampling.to_wire().items() if k not in ("seed", "max_tokens")}
-    body.update(repr(sorted(settings.items())).encode())
+    pooling = PoolingParams.from_wire(request.pooling).to_wire()
+    body.update(repr((sorted(settings.items()), sorted(pooling.items()))).encode())
     body.update(request.prompt)
     return body.digest()
 
@@ -42,7 +45,7 @@ def is_same(request: Request, job: Job) -> bool:
     """Whether a submission under the id of a known job is that job.
 
     Raises:
-        InvalidRequestError: a sampling value is out of range.
+        InvalidRequestError: a setting is out of range.
     """
     sampling = SamplingParams.from_wire(request.sampling)
     return (
@@ -68,6 +71,7 @@ def check(request: Request, model: Model) -> SamplingParams:
     """
     card = model.card
     sampling = SamplingParams.from_wire(request.sampling)
+    _check_task(request, card)
     _check_tokens("prompt", request.prompt, card.vocab_size)
     if not request.prompt:
         raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
@@ -81,7 +85,8 @@ def check(request: Request, model: Model) -> SamplingParams:
             param="output",
         )
     for output in request.output:
-        _check_tokens("output", output, card.vocab_size)
+        # The numbers of a vector have no bound.
+        _check_tokens("output", output, 2**32 if request.task == EMBED else card.vocab_size)
     if not 0 <= request.attempt < 2**31:
         raise InvalidRequestError(f"attempt is {request.attempt}; give a number from 0 to 2147483647.", param="attempt")
     if len(request.fingerprint) > _MAX_FINGERPRINT:
@@ -89,7 +94,18 @@ def check(request: Request, model: Model) -> SamplingParams:
     present = {card.fingerprint, *(group.card.fingerprint for group in model.groups)}
     if any(request.output) and request.fingerprint and request.fingerprint not in present:
         raise model_changed(card.name)
-    return _resolve_length(request, model, sampling)
+    if request.task == GENERATE:
+        return _resolve_length(request, model, sampling)
+    return _resolve_items(request, model, sampling)
+
+
+def _check_task(request: Request, card: ModelCard) -> None:
+    if request.task not in card.tasks:
+        raise InvalidRequestError(
+            f"{card.name!r} was asked to {request.task[:40]!r}, but it can {' and '.join(card.tasks)}; name another "
+            "model.",
+            param="model",
+        )
 
 
 def _check_tokens(name: str, packed: bytes, vocab_size: int) -> None:
@@ -116,3 +132,42 @@ def _resolve_length(request: Request, model: Model, sampling: SamplingParams) ->
     if held > limit:
         raise InvalidRequestError(f"output holds {held} tokens, more than the {limit} asked for.", param="output")
     return sampling.replace(max_tokens=limit)  # also checks min_tokens against it
+
+
+def _resolve_items(request: Request, model: Model, sampling: SamplingParams) -> SamplingParams:
+    """As `_resolve_length`, for a text that is read and not continued: how many items come is known beforehand."""
+    tokens, context = len(request.prompt) // TOKEN_BYTES, model.context
+    if tokens > context:
+        raise ContextLengthError(
+            f"A text of {tokens:,} tokens does not fit the {context:,} tokens of {model.card.name!r}; shorten it.",
+            param="prompt",
+        )
+    if sampling.n != 1:
+        raise InvalidRequestError(f"n is {sampling.n}, but {request.task} has one answer; leave n 1.", param="n")
+    items = _num_masks(request, model.card) if request.task == FILL_MASK else _num_dimensions(request, model.card)
+    if any(len(output) > items * TOKEN_BYTES for output in request.output):
+        raise InvalidRequestError(f"output holds more than the {items} items that there are.", param="output")
+    return sampling.replace(max_tokens=items)
+
+
+def _num_masks(request: Request, card: ModelCard) -> int:
+    """Mask tokens of the text, at least one."""
+    masks = 0 if card.mask_token_id is None else unpack_tokens(request.prompt).count(card.mask_token_id)
+    if not masks:
+        raise InvalidRequestError(
+            f"The text has no mask token ({card.special_tokens.get('mask_token', card.mask_token_id)}), so there is "
+            "nothing to fill; put one where a word is missing.",
+            param="prompt",
+        )
+    return masks
+
+
+def _num_dimensions(request: Request, card: ModelCard) -> int:
+    """Numbers of the vector that is asked for."""
+    wanted = PoolingParams.from_wire(request.pooling).dimensions or card.embedding_size
+    if wanted > card.embedding_size:
+        raise InvalidRequestError(
+            f"dimensions is {wanted}, but vectors of {card.name!r} have {card.embedding_size} numbers; ask for fewer.",
+            param="dimensions",
+        )
+    return wanted

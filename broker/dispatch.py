@@ -122,6 +122,8 @@ class Dispatcher:
                     prompt=job.prompt,
                     output=bytes(stream.output),
                     sampling=job.sampling,
+                    task=job.task,
+                    pooling=job.pooling,
                     budget_ms=None if job.deadline is None else max(1, int((job.deadline - now) * 1000)),
                 )
             )

@@ -16,6 +16,7 @@ from headrace.broker.report import Counters
 from headrace.broker.requests import TOKEN_BYTES, Stream
 from headrace.errors import OverloadedError, UnavailableError, from_wire
 from headrace.messages import Finish, Refusal, TokenRun, Tokens
+from headrace.tasks import GENERATE
 
 __all__ = ["Intake"]
 
@@ -49,7 +50,7 @@ class Intake:
             job = stream.job
             count = size >> 2
             plain = run[3] == have and size & 3 == 0 and 0 < count <= job.max_tokens - have
-            if not plain or job.weight != TOKEN_BYTES or run[5] is not None:
+            if not plain or not job.plain or run[5] is not None:
                 taken += self._take_unusual(stream, run, now)
                 continue
             if stream.first_step < 0:
@@ -70,7 +71,7 @@ class Intake:
         stream.fingerprint = group.card.fingerprint
 
     def _take_unusual(self, stream: Stream, run: TokenRun, now: float) -> int:
-        """A run with repeats, log probabilities or faults; returns how many tokens of it were new."""
+        """A run with repeats, faults, or more or else than tokens; returns how many new tokens were generated."""
         group = stream.group
         assert group is not None
         count, rest = divmod(len(run.tokens), TOKEN_BYTES)
@@ -95,7 +96,7 @@ class Intake:
             self._lives.withdraw(stream)
             complete = self._lives.conclude(stream, now)
             assert complete
-        return new
+        return new if stream.job.task == GENERATE else 0
 
     def take_finishes(self, group: Group, finishes: Iterable[Finish], now: float) -> None:
         """Streams that a leader says are complete."""

@@ -31,6 +31,7 @@ from headrace.messages import (
     Refused,
     Tokens,
 )
+from headrace.tasks import EMBED
 
 __all__ = ["LeaderFace"]
 
@@ -193,6 +194,8 @@ def _problem_with(hello: GroupHello) -> HeadraceError | None:
         return unsupported_version("worker group", hello.version)
     if not hello.group or not card.name or card.vocab_size < 1 or card.max_model_len < 1 or hello.kv_tokens < 1:
         return ProtocolError("A group needs a name, and its card a name, a vocabulary and a context above zero.")
+    if EMBED in card.tasks and card.embedding_size < 1:
+        return ProtocolError("The card of a model that makes vectors says how many numbers they have.")
     if len(card.blobs) > _MAX_BLOBS or not 1 <= hello.max_num_seqs <= _MAX_ROWS:
         return ProtocolError(f"A card has at most {_MAX_BLOBS} blobs, and a group runs 1 to {_MAX_ROWS:,} streams.")
     return None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.errors import HeadraceError
 from headrace.messages import Finish, StreamId, TokenRun
+from headrace.tasks import GENERATE
 
 if TYPE_CHECKING:
     from headrace.broker.delivery import Connection
@@ -122,9 +123,12 @@ class Job:
         sampling: checked settings with seed and max_tokens in force, as leaders get them.
         digest: hash of what makes the request the same request.
         stops: token ids that end a stream.
+        task: what is asked for.
+        pooling: how a vector is made, as leaders get it.
         deadline: on the broker's clock, or None.
         client: the connection that reads it, None while its client is away.
         weight: bytes per token on the wire.
+        plain: whether its items are tokens without anything beside them.
     """
 
     __slots__ = (
@@ -138,12 +142,15 @@ class Job:
         "max_tokens",
         "model",
         "owner",
+        "plain",
+        "pooling",
         "prompt",
         "prompt_tokens",
         "sampling",
         "seed",
         "stops",
         "streams",
+        "task",
         "weight",
     )
 
@@ -159,12 +166,16 @@ class Job:
         deadline: float | None,
         owner: bytes,
         now: float,
+        task: str = GENERATE,
+        pooling: dict[str, Any] | None = None,
     ) -> None:
         self.id = id
         self.model = model
         self.prompt = prompt
         self.prompt_tokens = len(prompt) // TOKEN_BYTES
         self.sampling = sampling
+        self.task = task
+        self.pooling = pooling or {}
         self.seed = int(sampling["seed"])
         self.max_tokens = int(sampling["max_tokens"])
         self.digest = digest
@@ -178,6 +189,7 @@ class Job:
         self.streams: list[Stream] = []
         logprobs = sampling.get("logprobs")
         self.weight = TOKEN_BYTES if logprobs is None else TOKEN_BYTES + 16 * (1 + int(logprobs))
+        self.plain = logprobs is None and task == GENERATE
 
     @property
     def ended(self) -> bool:
@@ -186,8 +198,8 @@ class Job:
 
     @property
     def context(self) -> int:
-        """Most tokens of prompt and output that one of its streams may come to."""
-        return self.prompt_tokens + self.max_tokens
+        """Most tokens that a group must hold at once for one of its streams."""
+        return self.prompt_tokens + (self.max_tokens if self.task == GENERATE else 0)
 
     @property
     def owed(self) -> bool:

@@ -26,6 +26,7 @@ from headrace.errors import (
 )
 from headrace.messages import Acceptance, Accepted, Cancel, Error, Request, Submit
 from headrace.sampling import SamplingParams
+from headrace.tasks import GENERATE, PoolingParams
 
 __all__ = ["Submissions"]
 
@@ -150,11 +151,15 @@ class Submissions:
         stops = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops.update(model.card.eos_token_ids)
+        if request.task != GENERATE:
+            stops.clear()  # its items are no text, and there are as many as there are
         return Job(
             id=request.id,
             model=model.card.name,
             prompt=request.prompt,
             sampling=sampling.replace(seed=seed).to_wire(),
+            task=request.task,
+            pooling=PoolingParams.from_wire(request.pooling).to_wire(),
             digest=digest(request, model.card.name, sampling),
             stops=frozenset(stops),
             deadline=_deadline(request, now),

@@ -25,7 +25,18 @@ if TYPE_CHECKING:
     from headrace.client.aio import AsyncClient, AsyncStream
     from headrace.client.sync import Client, Stream
     from headrace.client.text import Text
-    from headrace.client.types import Choice, Completion, Delta, MapItem, Timeouts, TokenLogprob, TopLogprob, Usage
+    from headrace.client.types import (
+        Choice,
+        Completion,
+        Delta,
+        Embeddings,
+        MapItem,
+        MaskFill,
+        Timeouts,
+        TokenLogprob,
+        TopLogprob,
+        Usage,
+    )
 
 __all__ = [
     "AsyncClient",
@@ -34,7 +45,9 @@ __all__ = [
     "Client",
     "Completion",
     "Delta",
+    "Embeddings",
     "MapItem",
+    "MaskFill",
     "Stream",
     "Text",
     "Timeouts",

@@ -6,16 +6,20 @@ What could make the loop stand still goes to a thread: questions that the broker
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from headrace.client.batch import Batch
 from headrace.client.core import Core, Face, Reading
+from headrace.client.encoders import AT_ONCE, MaskWish, embed_wishes, joined, result_of, until
 from headrace.client.events import News
-from headrace.client.map import Window, item_wish
-from headrace.client.prepare import Prepared, Wish
-from headrace.client.types import Completion, Delta, MapItem
+from headrace.client.map import Outcome, Window, item_wish
+from headrace.client.prepare import Wish
+from headrace.client.types import Completion, Delta, Embeddings, MapItem, MaskFill
+from headrace.client.wish import AnyWish, Ready
 from headrace.errors import HeadraceError
 from headrace.messages import GetStatus
 
@@ -147,7 +151,63 @@ class AsyncClient(Face):
         options = {"model": model, "sampling": sampling, "timeout": timeout, "settings": settings}
         item_wish("", options)  # says what is wrong with the options now, not at the first result
         self._core.transport.check()
-        return _results(self, self._core, iter(prompts), Window(concurrency, ordered=ordered), options)
+        window = Window(concurrency, ordered=ordered)
+        wish_of = partial(item_wish, options=options)
+        return _map_items(_outcomes(self, self._core, iter(prompts), window, wish_of, model))
+
+    async def embed(
+        self,
+        texts: str | Iterable[str | Sequence[int]],
+        *,
+        model: str = "",
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        truncate: bool = False,
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """The vector of each text.
+
+        Args:
+            texts: one text or many; a text may be given as a list of token ids, too.
+            model: name of the model; may be left out when there is only one.
+            pooling: mean of all tokens or cls, the first one; by default the model's own.
+            normalize: whether vectors have length 1; by default the model's own.
+            dimensions: keep so many of the first numbers.
+            truncate: read only as much of a long text as the model takes; otherwise such a text is an error.
+            timeout: seconds for all of them.
+
+        Raises:
+            HeadraceError: of a type that says what went wrong, and with which text.
+        """
+        wishes = embed_wishes(
+            texts,
+            model=model,
+            pooling=pooling,
+            normalize=normalize,
+            dimensions=dimensions,
+            truncate=truncate,
+            until=until(timeout),
+        )
+        return joined(await self._read(wishes, model), model)
+
+    async def fill_mask(
+        self, text: str, *, model: str = "", top_k: int = 5, timeout: float | None = None
+    ) -> tuple[tuple[MaskFill, ...], ...]:
+        """The likeliest words for each mask token of a text, such as [MASK], in the order of the text.
+
+        Args:
+            text: with at least one mask token, spelled as the model does.
+            model: name of the model; may be left out when there is only one.
+            top_k: words for each mask, 1 to 20.
+            timeout: seconds for the answer.
+
+        Raises:
+            HeadraceError: of a type that says what went wrong.
+        """
+        wish = MaskWish(source=text, model=model, top_k=top_k, until=until(timeout))
+        fills: tuple[tuple[MaskFill, ...], ...] = (await self._read([wish], model))[0]
+        return fills
 
     async def models(self) -> list[ModelCard]:
         """The cards of the models that are served now."""
@@ -162,6 +222,13 @@ class AsyncClient(Face):
         """The tokenizer and chat template of a model."""
         known = self._core.catalog.known_text(model)
         return known if known is not None else await asyncio.to_thread(self._core.catalog.text, model)
+
+    async def _read(self, wishes: Sequence[AnyWish[Ready]], model: str) -> list[Any]:
+        """The results of all wishes, in order."""
+        self._core.transport.check()
+        window = Window(AT_ONCE, ordered=True)
+        async with aclosing(_outcomes(self, self._core, iter(wishes), window, lambda wish: wish, model)) as outcomes:
+            return [result_of(outcome, len(wishes)) async for outcome in outcomes]
 
 
 class AsyncStream(Reading):
@@ -258,13 +325,25 @@ class _Inbox(Generic[T]):
         return items
 
 
-async def _results(
-    client: AsyncClient, core: Core, prompts: Iterator[Any], window: Window, options: Mapping[str, Any]
-) -> AsyncIterator[MapItem]:
-    """The items of a map; `client` keeps the connection while somebody reads."""
-    await client.text(str(options["model"]))
+async def _map_items(outcomes: AsyncGenerator[Outcome, None]) -> AsyncIterator[MapItem]:
+    """What a map hands out."""
+    async with aclosing(outcomes):
+        async for outcome in outcomes:
+            yield MapItem(outcome.index, outcome.prompt, outcome.result, outcome.error)
+
+
+async def _outcomes(
+    client: AsyncClient,
+    core: Core,
+    items: Iterator[Any],
+    window: Window,
+    wish_of: Callable[[Any], AnyWish[Ready]],
+    model: str,
+) -> AsyncGenerator[Outcome, None]:
+    """What becomes of each item; `client` keeps the connection while somebody reads."""
+    await client.text(model)
     inbox: _Inbox[tuple[int, News]] = _Inbox()
-    batch = Batch(core, prompts, window, options, inbox)
+    batch = Batch(core, items, window, wish_of, inbox)
     try:
         while not batch.over:
             batch.launch(await _prepared(core, batch, batch.take()))
@@ -276,7 +355,7 @@ async def _results(
         batch.close()
 
 
-async def _prepared(core: Core, batch: Batch, wishes: Mapping[int, Wish]) -> dict[int, Prepared | HeadraceError]:
+async def _prepared(core: Core, batch: Batch, wishes: Mapping[int, AnyWish[Ready]]) -> dict[int, Ready | HeadraceError]:
     text = core.at_hand([*wishes.values()])
     if text or not wishes:
         return batch.prepare(wishes, text)

@@ -7,17 +7,18 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from random import SystemRandom
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.addresses import client_endpoint
 from headrace.client.assemble import Assembler
 from headrace.client.catalog import Catalog
 from headrace.client.events import Answer, Failed, News
 from headrace.client.inbox import Box, Inbox
-from headrace.client.prepare import Prepared, Wish, prepare
+from headrace.client.prepare import Prepared
 from headrace.client.session import Session
 from headrace.client.transport import Sink, Transport
 from headrace.client.types import Completion, Delta, Timeouts
+from headrace.client.wish import AnyWish, Ready
 from headrace.errors import InvalidRequestError, RequestCancelledError
 from headrace.messages import Message
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Core", "Face", "Reading"]
 
 _TIMEOUTS = Timeouts()
+R = TypeVar("R", bound=Ready)
 _LONG = 8192  # characters; tokenizing more may take longer than an event loop should stand still
 
 
@@ -62,21 +64,21 @@ class Core:
         assert isinstance(news, Answer)
         return news.value
 
-    def at_hand(self, wishes: Sequence[Wish]) -> Text | None:
+    def at_hand(self, wishes: Sequence[AnyWish[Ready]]) -> Text | None:
         """The text of the model that the wishes name, if it needs no question and they are soon tokenized."""
         if not wishes or sum(wish.size for wish in wishes) > _LONG:
             return None
         return self.catalog.known_text(wishes[0].model)
 
-    def prepare(self, wish: Wish, text: Text | None = None) -> Prepared:
+    def prepare(self, wish: AnyWish[R], text: Text | None = None) -> R:
         """The request that a wish makes of its model; waits for the broker if the model's text is not given.
 
         Raises:
             HeadraceError: a value is wrong, or there is no broker, or no such model.
         """
-        return prepare(wish, text or self.catalog.text(wish.model), self.timeouts.total)
+        return wish.prepare(text or self.catalog.text(wish.model), self.timeouts.total)
 
-    def launch(self, requests: Sequence[tuple[Prepared, Sink]]) -> list[int]:
+    def launch(self, requests: Sequence[tuple[Ready, Sink]]) -> list[int]:
         """Submit requests together; returns their tickets."""
         return self.transport.start((prepared.spec, sink) for prepared, sink in requests)
 

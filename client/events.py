@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from headrace.errors import HeadraceError
 from headrace.messages import Message
+from headrace.tasks import GENERATE
 
 __all__ = [
     "Action",
@@ -49,6 +50,8 @@ class Spec:
         choices: continuations wanted.
         fingerprint: of the model's card.
         timeout: seconds for all of it, or None.
+        task: what is asked for.
+        pooling: wire map of how a vector is made.
     """
 
     model: str
@@ -57,6 +60,8 @@ class Spec:
     choices: int = 1
     fingerprint: str = ""
     timeout: float | None = None
+    task: str = GENERATE
+    pooling: dict[str, Any] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------------------- in

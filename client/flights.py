@@ -111,6 +111,8 @@ class Flight:
             output=tuple(pack_tokens(choice.output) for choice in self.choices) if begun else (),
             attempt=max(choice.attempt for choice in self.choices),
             fingerprint=self.spec.fingerprint if begun else "",
+            task=self.spec.task,
+            pooling=self.spec.pooling,
         )
 
     def positions(self, now: float) -> Iterator[Ack]:

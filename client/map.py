@@ -7,15 +7,25 @@ out yet: an endless source and a slow reader, or one slow item at the front, nev
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from headrace.client.prepare import Wish
-from headrace.client.types import Completion, MapItem
 from headrace.errors import HeadraceError, InvalidRequestError
 
-__all__ = ["Window", "item_wish"]
+__all__ = ["Outcome", "Window", "item_wish"]
 
 _AHEAD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an item: its result, or the error that it alone met."""
+
+    index: int
+    prompt: Any
+    result: Any
+    error: HeadraceError | None
 
 
 class Window:
@@ -29,7 +39,7 @@ class Window:
         self._concurrency = concurrency
         self._ordered = ordered
         self._running: dict[int, Any] = {}
-        self._done: dict[int, MapItem] = {}
+        self._done: dict[int, Outcome] = {}
         self._next_in = 0
         self._next_out = 0
 
@@ -51,13 +61,15 @@ class Window:
         self._running[index] = prompt
         return index
 
-    def finish(self, index: int, result: Completion | HeadraceError) -> None:
-        """An item's end."""
+    def finish(self, index: int, result: Any) -> None:
+        """An item's end: its result or its error."""
         prompt = self._running.pop(index)
-        failed = isinstance(result, HeadraceError)
-        self._done[index] = MapItem(index, prompt, None if failed else result, result if failed else None)  # type: ignore[arg-type]
+        if isinstance(result, HeadraceError):
+            self._done[index] = Outcome(index, prompt, None, result)
+        else:
+            self._done[index] = Outcome(index, prompt, result, None)
 
-    def ready(self) -> Iterator[MapItem]:
+    def ready(self) -> Iterator[Outcome]:
         """Hand out what is ready, in order if that was asked for."""
         while self._done:
             index = self._next_out if self._ordered else next(iter(self._done))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import length_hint
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.card import ModelCard
 from headrace.client.events import Spec
@@ -15,8 +15,12 @@ from headrace.client.text import Text
 from headrace.errors import ContextLengthError, InvalidRequestError
 from headrace.messages import pack_tokens
 from headrace.sampling import SamplingParams
+from headrace.tasks import GENERATE
 
-__all__ = ["Prepared", "Wish", "prepare"]
+if TYPE_CHECKING:
+    from headrace.client.assemble import Assembler
+
+__all__ = ["Prepared", "Wish", "check_timeout", "checked_ids", "prepare"]
 
 _SETTINGS = tuple(f.name for f in fields(SamplingParams))
 _OTHERS = ("messages", "token_ids", "model", "sampling", "timeout")
@@ -48,6 +52,10 @@ class Wish:
             raise TypeError(f"sampling must be SamplingParams, not {type(self.sampling).__name__}")
         check_timeout(self.timeout)
 
+    def prepare(self, text: Text, total: float | None) -> Prepared:
+        """The request that this makes of a model, see `prepare`."""
+        return prepare(self, text, total)
+
     @property
     def size(self) -> int:
         """Characters to tokenize or ids to check, roughly: much of it is better done off an event loop."""
@@ -67,6 +75,12 @@ class Prepared:
     sampling: SamplingParams
     card: ModelCard
     text: Text
+
+    def collector(self) -> Assembler:
+        """What puts the answer together."""
+        from headrace.client.assemble import Assembler
+
+        return Assembler(self)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -101,6 +115,12 @@ def prepare(wish: Wish, text: Text, total: float | None) -> Prepared:
         RequestError: a value is out of range, or the prompt does not fit the model.
     """
     card = text.card
+    if GENERATE not in card.tasks:
+        raise InvalidRequestError(
+            f"{card.name} is an encoder and generates no text: it can {' and '.join(card.tasks).replace('_', ' ')}. "
+            "Name another model.",
+            param="model",
+        )
     sampling = _sampling(wish, card)
     prompt = _prompt(wish, text)
     if not prompt:
@@ -140,10 +160,15 @@ def _prompt(wish: Wish, text: Text) -> Sequence[int]:
     if wish.messages is not None:
         return text.encode_chat(wish.messages)
     assert wish.token_ids is not None
-    return _checked_ids(wish.token_ids, text.card.vocab_size)
+    return checked_ids(wish.token_ids, text.card.vocab_size)
 
 
-def _checked_ids(ids: object, vocab_size: int) -> list[int]:
+def checked_ids(ids: object, vocab_size: int) -> list[int]:
+    """Token ids as whole numbers.
+
+    Raises:
+        InvalidRequestError: they are none, or one is beyond the vocabulary.
+    """
     checked: list[int] = []
     if not isinstance(ids, Iterable):
         raise InvalidRequestError(

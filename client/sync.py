@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from headrace.client.batch import Batch
 from headrace.client.core import Core, Face, Reading
+from headrace.client.encoders import AT_ONCE, MaskWish, embed_wishes, joined, result_of, until
 from headrace.client.events import News
 from headrace.client.inbox import Inbox
-from headrace.client.map import Window, item_wish
+from headrace.client.map import Outcome, Window, item_wish
 from headrace.client.prepare import Prepared, Wish
-from headrace.client.types import Completion, Delta, MapItem
+from headrace.client.types import Completion, Delta, Embeddings, MapItem, MaskFill
+from headrace.client.wish import AnyWish, Ready
 from headrace.messages import GetStatus
 
 if TYPE_CHECKING:
@@ -139,8 +143,63 @@ class Client(Face):
         item_wish("", options)  # says what is wrong with the options now, not at the first result
         self._core.transport.check()
         inbox: Inbox[tuple[int, News]] = Inbox()
-        batch = Batch(self._core, iter(prompts), Window(concurrency, ordered=ordered), options, inbox)
-        return _results(self, batch, model, inbox)
+        window = Window(concurrency, ordered=ordered)
+        batch = Batch(self._core, iter(prompts), window, partial(item_wish, options=options), inbox)
+        return _map_items(_outcomes(self, batch, model, inbox))
+
+    def embed(
+        self,
+        texts: str | Iterable[str | Sequence[int]],
+        *,
+        model: str = "",
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        truncate: bool = False,
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """The vector of each text.
+
+        Args:
+            texts: one text or many; a text may be given as a list of token ids, too.
+            model: name of the model; may be left out when there is only one.
+            pooling: mean of all tokens or cls, the first one; by default the model's own.
+            normalize: whether vectors have length 1; by default the model's own.
+            dimensions: keep so many of the first numbers.
+            truncate: read only as much of a long text as the model takes; otherwise such a text is an error.
+            timeout: seconds for all of them.
+
+        Raises:
+            HeadraceError: of a type that says what went wrong, and with which text.
+        """
+        wishes = embed_wishes(
+            texts,
+            model=model,
+            pooling=pooling,
+            normalize=normalize,
+            dimensions=dimensions,
+            truncate=truncate,
+            until=until(timeout),
+        )
+        return joined(self._read(wishes, model), model)
+
+    def fill_mask(
+        self, text: str, *, model: str = "", top_k: int = 5, timeout: float | None = None
+    ) -> tuple[tuple[MaskFill, ...], ...]:
+        """The likeliest words for each mask token of a text, such as [MASK], in the order of the text.
+
+        Args:
+            text: with at least one mask token, spelled as the model does.
+            model: name of the model; may be left out when there is only one.
+            top_k: words for each mask, 1 to 20.
+            timeout: seconds for the answer.
+
+        Raises:
+            HeadraceError: of a type that says what went wrong.
+        """
+        wish = MaskWish(source=text, model=model, top_k=top_k, until=until(timeout))
+        fills: tuple[tuple[MaskFill, ...], ...] = (self._read([wish], model))[0]
+        return fills
 
     def models(self) -> list[ModelCard]:
         """The cards of the models that are served now."""
@@ -154,6 +213,13 @@ class Client(Face):
     def text(self, model: str = "") -> Text:
         """The tokenizer and chat template of a model."""
         return self._core.catalog.text(model)
+
+    def _read(self, wishes: Sequence[AnyWish[Ready]], model: str) -> list[Any]:
+        """The results of all wishes, in order."""
+        self._core.transport.check()
+        inbox: Inbox[tuple[int, News]] = Inbox()
+        batch = Batch(self._core, iter(wishes), Window(AT_ONCE, ordered=True), lambda wish: wish, inbox)
+        return [result_of(outcome, len(wishes)) for outcome in _outcomes(self, batch, model, inbox)]
 
 
 class Stream(Reading):
@@ -207,8 +273,17 @@ class Stream(Reading):
         self._finish(self._inbox)
 
 
-def _results(client: Client, batch: Batch, model: str, inbox: Inbox[tuple[int, News]]) -> Iterator[MapItem]:
-    """The items of a map; `client` keeps the connection while somebody reads."""
+def _map_items(outcomes: Generator[Outcome, None, None]) -> Iterator[MapItem]:
+    """What a map hands out."""
+    with closing(outcomes):
+        for outcome in outcomes:
+            yield MapItem(outcome.index, outcome.prompt, outcome.result, outcome.error)
+
+
+def _outcomes(
+    client: Client, batch: Batch, model: str, inbox: Inbox[tuple[int, News]]
+) -> Generator[Outcome, None, None]:
+    """What becomes of each item; `client` keeps the connection while somebody reads."""
     client.text(model)
     try:
         while not batch.over:

@@ -55,9 +55,18 @@ class Text:
         """Whether the model can be given messages."""
         return self._template is not None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a text; with `add_special_tokens` also those the model wants around it, such as a first BOS."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, add_special_tokens: bool = True, *, limit: int | None = None) -> list[int]:
+        """The tokens of a text; with `add_special_tokens` also those the model wants around it, such as a first BOS.
+
+        Of what would be more than `limit` tokens with them, the end of the text is left out.
+        """
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if limit is None or len(ids) <= limit:
+            return ids
+        around = self._tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+        cut = self._tokenizer.encode(text, add_special_tokens=False)
+        cut.truncate(max(0, limit - around))
+        return self._tokenizer.post_process(cut, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of tokens."""

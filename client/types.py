@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from headrace.errors import HeadraceError, InvalidRequestError
 
-__all__ = ["Choice", "Completion", "Delta", "MapItem", "Timeouts", "TokenLogprob", "TopLogprob", "Usage"]
+__all__ = [
+    "Choice",
+    "Completion",
+    "Delta",
+    "Embeddings",
+    "MapItem",
+    "MaskFill",
+    "Timeouts",
+    "TokenLogprob",
+    "TopLogprob",
+    "Usage",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,3 +128,49 @@ class MapItem:
     prompt: Any
     completion: Completion | None = None
     error: HeadraceError | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Embeddings(Sequence["array[float]"]):
+    """Vectors of texts, in order: a sequence of arrays of float32 numbers, which numpy takes as they are.
+
+    Attributes:
+        model: that made them.
+        vectors: one for each text.
+        prompt_tokens: of all texts together.
+    """
+
+    model: str
+    vectors: tuple[array[float], ...]
+    prompt_tokens: int
+
+    def __repr__(self) -> str:
+        size = len(self.vectors[0]) if self.vectors else 0
+        return f"<Embeddings of {self.model}: {len(self.vectors)} vectors of {size}>"
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @overload
+    def __getitem__(self, index: int) -> array[float]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[array[float]]: ...
+    def __getitem__(self, index: int | slice) -> array[float] | Sequence[array[float]]:
+        return self.vectors[index]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFill:
+    """A word for a mask.
+
+    Attributes:
+        token: its text.
+        token_id: its id.
+        probability: of it at this place.
+        text: all of the text with it; other masks are left out.
+    """
+
+    token: str
+    token_id: int
+    probability: float
+    text: str

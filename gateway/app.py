@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from headrace._version import __version__
 from headrace.errors import HeadraceError
-from headrace.gateway import chat, completions, errors, generate, health, page
+from headrace.gateway import chat, completions, embeddings, errors, generate, health, page
 from headrace.gateway.limits import Limits
 from headrace.gateway.settings import GatewaySettings
 from headrace.gateway.state import Gateway, gateway_of
@@ -33,7 +33,7 @@ def create_app(client: AsyncClient, settings: GatewaySettings | None = None) -> 
     app.state.gateway = gateway = Gateway(client, settings)
     app.state.decode_probe = health.LastProbe()
     errors.install(app)
-    for part in (chat, completions, generate, health, page):
+    for part in (chat, completions, embeddings, generate, health, page):
         app.include_router(part.router)
     app.add_api_route("/metrics", metrics, methods=["GET"], tags=["Health"])
     app.add_api_route("/metrics", metrics, methods=["HEAD"], include_in_schema=False)

@@ -1,4 +1,5 @@
-"""Probes: does the process live (`/health`), can it answer (`/ready`), does a model make tokens (`/health/decode`).
+"""Probes: does the process live (`/health`), can it answer (`/ready`), does a model make tokens or vectors
+(`/health/decode`).
 
 They need no key, so they reveal no more than names and cost next to nothing however often they are called.
 """
@@ -17,6 +18,7 @@ from headrace._version import __version__
 from headrace.errors import HeadraceError, RequestTimeoutError, UnavailableError
 from headrace.gateway.errors import JSONAnswer, as_headrace_error, error_body
 from headrace.gateway.state import Gateway, gateway_of
+from headrace.tasks import GENERATE
 
 __all__ = ["LastProbe", "router"]
 
@@ -72,7 +74,7 @@ class LastProbe:
 @router.head("/health/decode", include_in_schema=False)
 @router.get("/health/decode")
 async def decode(request: Request) -> Response:
-    """A model makes a token; asked of each at most every few seconds."""
+    """A model makes a token, or a vector; asked of each at most every few seconds."""
     gateway = gateway_of(request)
     probe: LastProbe = request.app.state.decode_probe
     async with probe.lock:
@@ -91,7 +93,10 @@ async def _probe(gateway: Gateway) -> HeadraceError | None:
         async with asyncio.timeout(_DECODE_TIMEOUT):
             cards = await gateway.client.models()
             for card in cards:
-                await gateway.client.generate("a", model=card.name, **settings)
+                if GENERATE in card.tasks:
+                    await gateway.client.generate("a", model=card.name, **settings)
+                else:
+                    await gateway.client.embed("a", model=card.name)
     except TimeoutError:
         return RequestTimeoutError(f"No token came within {_DECODE_TIMEOUT:g} seconds.")
     except Exception as error:

@@ -106,6 +106,15 @@ class Meter:
                 metrics.success.labels(self._model, choice.finish_reason).inc()
         self._close()
 
+    def read(self, prompt_tokens: int) -> None:
+        """All texts were read, for vectors."""
+        metrics = self._metrics
+        metrics.whole.labels(self._model).observe(time.monotonic() - self._started)
+        metrics.prompt.labels(self._model).inc(prompt_tokens)
+        metrics.prompt_sizes.labels(self._model).observe(prompt_tokens)
+        metrics.success.labels(self._model, "embedded").inc()
+        self._close()
+
     def failed(self, error: HeadraceError) -> None:
         """It ended with an error."""
         if self._open:

@@ -39,6 +39,7 @@ def model_object(card: ModelCard) -> dict[str, Any]:
         "dtype": card.dtype,
         "num_parameters": card.num_parameters,
         "sampling_defaults": dict(card.sampling_defaults),
+        "tasks": list(card.tasks),
     }
 
 

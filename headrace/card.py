@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from headrace.tasks import GENERATE
+
 __all__ = ["CHAT_TEMPLATE", "TOKENIZER", "ModelCard"]
 
 TOKENIZER = "tokenizer.json"
@@ -29,6 +31,10 @@ class ModelCard:
         special_tokens: name -> text, such as bos_token and eos_token, for the chat template.
         sampling_defaults: the model's own generation settings, as SamplingParams fields.
         created: Unix time of the model's files.
+        tasks: what it can be asked for, see `headrace.tasks`.
+        embedding_size: numbers in its vectors; 0 if it makes none.
+        pooling_defaults: how it was trained to make vectors, as PoolingParams fields.
+        mask_token_id: the token that stands for a missing one; None if there is none.
     """
 
     name: str
@@ -44,3 +50,7 @@ class ModelCard:
     special_tokens: dict[str, str] = field(default_factory=dict)
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     created: int = 0
+    tasks: tuple[str, ...] = (GENERATE,)
+    embedding_size: int = 0
+    pooling_defaults: dict[str, Any] = field(default_factory=dict)
+    mask_token_id: int | None = None

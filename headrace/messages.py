@@ -12,13 +12,12 @@ group again, so late output of an earlier one can be told from the present one.
 
 from __future__ import annotations
 
-import sys
-from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from headrace.card import ModelCard
+from headrace.tasks import GENERATE
+from headrace.tokens import pack_tokens, unpack_tokens
 
 __all__ = [
     "BROKER_TO_CLIENT",
@@ -69,23 +68,6 @@ __all__ = [
 PROTOCOL_VERSION = 1
 
 
-def pack_tokens(tokens: Iterable[int]) -> bytes:
-    """Token ids as little-endian u32: a 32k prompt decodes in microseconds, as a msgpack list it takes half a ms."""
-    packed = array("I", tokens)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def unpack_tokens(packed: bytes) -> array[int]:
-    """The inverse of `pack_tokens`."""
-    tokens = array("I")
-    tokens.frombytes(packed)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    return tokens
-
-
 # ------------------------------------------------------------------------------------------------ parts of messages
 
 
@@ -99,6 +81,8 @@ class StreamId(NamedTuple):
 
 class TokenRun(NamedTuple):
     """Tokens of one stream, `first` being the absolute index of the first of them.
+
+    For a task that makes a vector the items are not token ids but its numbers, float32, little-endian as well.
 
     `logprobs`, if asked for, holds one `[logprob, [[token, logprob], ...]]` per token: the chosen token's, then the
     likeliest ones in falling order.
@@ -162,6 +146,8 @@ class Request:
         output: per choice, packed tokens the client already holds (after a broker restart); empty when new.
         attempt: highest attempt number the client has seen, 0 when new.
         fingerprint: of the model that made `output`, so that other weights never continue it; empty when new.
+        task: what is asked for, see `headrace.tasks`; its items travel as tokens do.
+        pooling: `PoolingParams.to_wire()`, for a task that makes a vector.
     """
 
     id: bytes
@@ -172,6 +158,8 @@ class Request:
     output: tuple[bytes, ...] = ()
     attempt: int = 0
     fingerprint: str = ""
+    task: str = GENERATE
+    pooling: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +173,8 @@ class Assignment:
     output: bytes = b""
     sampling: dict[str, Any] = field(default_factory=dict)
     budget_ms: int | None = None
+    task: str = GENERATE
+    pooling: dict[str, Any] = field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------------------------------- client's side

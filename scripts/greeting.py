@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.card import CHAT_TEMPLATE, ModelCard
 from headrace.errors import UnavailableError
 from headrace.scripts.terminal import printable
+from headrace.tasks import GENERATE
 
 if TYPE_CHECKING:
     from headrace.client import Client
@@ -51,8 +52,11 @@ def ready_block(
     rows += [
         ("model", f"{printable(card.name)}  ({size}{card.dtype})"),
         ("context", f"{card.max_model_len:,} tokens"),
-        ("KV cache", f"{tokens:,} tokens, up to {seqs} answers at once"),
     ]
+    if GENERATE in card.tasks:
+        rows.append(("KV cache", f"{tokens:,} tokens, up to {seqs} answers at once"))
+    else:
+        rows.append(("vectors", f"of {card.embedding_size:,} numbers, up to {seqs} texts at once"))
     rows.append(("try", _curl(card, page, needs_key)) if page else ("Python", f'headrace.Client("{endpoint}")'))
     return rows
 
@@ -67,7 +71,9 @@ def _parameters(count: int) -> str:
 def _curl(card: ModelCard, page: str, needs_key: bool) -> str:
     """A command line that gets an answer."""
     body: dict[str, Any] = {"model": card.name}
-    if has_chat(card):
+    if GENERATE not in card.tasks:
+        path, body["input"] = "v1/embeddings", "Once upon a time"
+    elif has_chat(card):
         path, body["messages"] = "v1/chat/completions", [{"role": "user", "content": "Hello!"}]
     else:
         path, body["prompt"] = "v1/completions", "Once upon a time"

@@ -115,8 +115,8 @@ _ENGINE = (
         type=click.IntRange(1, 1024),
         help="CPU threads of each worker process. Default: the cores, divided among them.",
     ),
-    # For tests and for engines of one's own; says `module:function`, called as Engine.load is.
-    option("--engine", heading="Workers", default="headrace.workers.engine:Engine.load", hidden=True),
+    # For tests and for engines of one's own; says `module:function`, called as load_engine is.
+    option("--engine", heading="Workers", default="headrace.workers.engines:load_engine", hidden=True),
     option(
         "--max-num-seqs",
         heading="Limits",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -10,12 +11,16 @@ from typing import Any
 
 from headrace.card import CHAT_TEMPLATE, TOKENIZER, ModelCard
 from headrace.errors import HeadraceError, ModelFilesError
+from headrace.kernels.spec import ModelSpec
 from headrace.sampling import SamplingParams
+from headrace.tasks import EMBED, FILL_MASK
 from headrace.workers.checkpoint import Checkpoint
+from headrace.workers.pooling import pooling_defaults
 
 __all__ = ["describe"]
 
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+_MASKS = ("[MASK]", "<mask>")
 _VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _SAMPLES = 256  # places per file whose bytes enter the fingerprint
@@ -51,7 +56,31 @@ def describe(
         sampling_defaults=_sampling_defaults(generation),
         created=int(max(path.stat().st_mtime for path in checkpoint.files)),
     )
+    if spec.is_encoder:
+        card = _as_encoder(card, checkpoint, spec, blobs)
     return card, blobs
+
+
+def _as_encoder(card: ModelCard, checkpoint: Checkpoint, spec: ModelSpec, blobs: dict[str, bytes]) -> ModelCard:
+    """The card with what an encoder can be asked for."""
+    mask = _mask_token_id(json.loads(blobs[TOKENIZER]), card.special_tokens.get("mask_token"))
+    fills = spec.head is not None and mask is not None
+    return dataclasses.replace(
+        card,
+        tasks=(EMBED, FILL_MASK) if fills else (EMBED,),
+        embedding_size=spec.hidden_size,
+        pooling_defaults=pooling_defaults(checkpoint),
+        mask_token_id=mask,
+        eos_token_ids=(),
+        sampling_defaults={},
+    )
+
+
+def _mask_token_id(tokenizer: dict[str, Any], name: str | None) -> int | None:
+    """The id of the token that stands for a missing one, by its name or the usual ones."""
+    names = _MASKS if name is None else (name,)
+    added = tokenizer.get("added_tokens") or ()
+    return next((int(token["id"]) for token in added if token.get("content") in names), None)
 
 
 def _blobs(checkpoint: Checkpoint, tokenizer_config: dict[str, Any]) -> dict[str, bytes]:

@@ -15,9 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.card import ModelCard
@@ -27,11 +25,11 @@ from headrace.errors import (
     HeadraceError,
     InternalError,
     InvalidRequestError,
-    UnsupportedModelError,
 )
 from headrace.kernels.kv import KVCache
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, pack_tokens, unpack_tokens
 from headrace.sampling import SamplingParams
+from headrace.tasks import GENERATE
 from headrace.workers.config import EngineConfig
 from headrace.workers.memory import default_kv_blocks
 from headrace.workers.runner import Runner
@@ -42,7 +40,7 @@ from headrace.workers.sequence import Sequence
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
 
-__all__ = ["Engine", "EngineConfig", "StepResult"]
+__all__ = ["Engine", "EngineConfig", "StepResult", "model_len"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ class Engine:
 
     Attributes:
         card: describes the model as served, with the context length that the KV cache allows.
-        blobs: files named by the card, by name; empty unless made by `load`.
+        blobs: files named by the card, by name.
         config: the settings in force.
         max_num_seqs: streams that run at once.
         kv_tokens: tokens the KV cache holds.
@@ -68,7 +66,7 @@ class Engine:
     def __init__(
         self, model: Model, card: ModelCard, config: EngineConfig, *, blobs: dict[str, bytes] | None = None
     ) -> None:
-        max_model_len = _max_model_len(card, config)
+        max_model_len = model_len(card, config)
         num_blocks = _num_blocks(model, config, max_model_len)
         max_model_len = min(max_model_len, num_blocks * config.block_size)
         self.card = dataclasses.replace(card, max_model_len=max_model_len)
@@ -99,33 +97,6 @@ class Engine:
         self._steps = 0
         self._generated_tokens = 0
         self._prompt_tokens = 0
-
-    @classmethod
-    def load(
-        cls,
-        folder: Path,
-        config: EngineConfig,
-        *,
-        name: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Engine:
-        """The engine of a model folder; `progress` is told bytes done and bytes in all."""
-        from headrace.workers.checkpoint import Checkpoint
-        from headrace.workers.describe import describe
-        from headrace.workers.device import pick_device
-        from headrace.workers.loader import load_model
-
-        checkpoint = Checkpoint(folder)
-        spec = checkpoint.policy.spec(checkpoint.config)
-        if spec.is_encoder:
-            raise UnsupportedModelError(
-                f"{checkpoint.architecture} is an encoder: it reads texts and cannot generate them. Serve a model that "
-                "generates, such as a LlamaForCausalLM.",
-                param="model",
-            )
-        card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
-        model = load_model(checkpoint, dtype=config.dtype, device=pick_device(config.device), progress=progress)
-        return cls(model, card, config, blobs=blobs)
 
     # ---------------------------------------------------------------------------------------------------- streams
 
@@ -232,6 +203,11 @@ class Engine:
     # ---------------------------------------------------------------------------------------------------- details
 
     def _sequence(self, assignment: Assignment, now: float) -> Sequence:
+        if assignment.task != GENERATE:
+            raise InvalidRequestError(
+                f"{self.card.name} generates text and cannot {assignment.task}; choose an encoder such as a BertModel.",
+                param="model",
+            )
         sampling = SamplingParams.from_wire(assignment.sampling)
         prompt, output = unpack_tokens(assignment.prompt), unpack_tokens(assignment.output)
         self._check_ids(prompt, output, sampling)
@@ -323,7 +299,12 @@ def _not_numbers(sequence: Sequence) -> InternalError:
     )
 
 
-def _max_model_len(card: ModelCard, config: EngineConfig) -> int:
+def model_len(card: ModelCard, config: EngineConfig) -> int:
+    """Most tokens of one text, prompt and output together.
+
+    Raises:
+        ConfigError: the settings ask for more than the model was made for.
+    """
     if config.max_model_len is None:
         return card.max_model_len
     if config.max_model_len > card.max_model_len:

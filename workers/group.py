@@ -11,7 +11,7 @@ from headrace.workers.config import EngineConfig
 
 __all__ = ["EVENT_KINDS", "GroupEvent", "GroupSpec"]
 
-ENGINE = "headrace.workers.engine:Engine.load"
+ENGINE = "headrace.workers.engines:load_engine"
 
 EVENT_KINDS = ("starting", "loading", "warming", "ready", "lost", "restarting", "failed", "stopped")
 
@@ -27,7 +27,7 @@ class GroupSpec:
         config: of its engine.
         tensor_parallel: processes in the group, called ranks.
         threads: CPU threads of each; None divides the cores among all processes of the launcher.
-        engine: `module:function` that loads the engine in each rank, called as `Engine.load` is.
+        engine: `module:function` that loads the engine in each rank, called as `load_engine` is.
 
     Raises:
         ConfigError: a value is out of range.

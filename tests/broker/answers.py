@@ -42,7 +42,7 @@ def card(name: str = "m", **changes: Any) -> ModelCard:
 
 def request(number: int, *, prompt: Sequence[int] = (1, 2, 3), model: str = "m", **rest: Any) -> Request:
     """A request with a readable id; sampling settings and fields of Request by name."""
-    fields = {k: rest.pop(k) for k in ("budget_ms", "output", "attempt", "fingerprint") if k in rest}
+    fields = {k: rest.pop(k) for k in ("budget_ms", "output", "attempt", "fingerprint", "task", "pooling") if k in rest}
     sampling = {"max_tokens": 8, "ignore_eos": True, "seed": number, **rest}
     wire = {name: value for name, value in sampling.items() if value is not None}
     return Request(id=number.to_bytes(16), model=model, prompt=pack_tokens(prompt), sampling=wire, **fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from headrace.messages import (
     pack_tokens,
     unpack_tokens,
 )
+from headrace.tasks import GENERATE
 from tests.broker.answers import text
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Record:
             return
         eos = bool(self.request.sampling.get("ignore_eos"))
         for choice, tokens in enumerate(self.tokens):
-            whole, reason = text(self.seed, choice, self.max_tokens, ignore_eos=eos)
+            whole, reason = text(self.seed, choice, self.max_tokens, ignore_eos=eos or self.request.task != GENERATE)
             assert list(tokens) == whole[: len(tokens)], (choice, list(tokens), whole)
             if self.reason[choice] in ("stop", "length"):
                 assert (list(tokens), self.reason[choice]) == (whole, reason)
@@ -221,12 +223,9 @@ class PureClient:
         """The request as a client submits it to a broker that does not know it."""
         first = record.request
         begun = any(record.tokens)
-        return Request(
-            id=first.id,
-            model=first.model,
-            prompt=first.prompt,
+        return dataclasses.replace(
+            first,
             sampling=first.sampling if record.seed is None else {**first.sampling, "seed": record.seed},
-            budget_ms=first.budget_ms,
             output=tuple(pack_tokens(tokens) for tokens in record.tokens) if begun else (),
             attempt=max(record.attempt),
             fingerprint=first.fingerprint or (record.fingerprint if begun else ""),

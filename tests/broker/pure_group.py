@@ -33,6 +33,7 @@ from headrace.messages import (
     pack_tokens,
     unpack_tokens,
 )
+from headrace.tasks import GENERATE
 from tests.broker.answers import EOS, card, emit
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class PureGroup:
             wanted = sampling.get("logprobs")
             logprobs = None if wanted is None else [[-0.5, [[token, -0.5 - rank] for rank in range(int(wanted))]]]
             runs.append(TokenRun(*stream, index, pack_tokens([token]), logprobs))
-            stop = token == EOS and not sampling.get("ignore_eos")
+            stop = token == EOS and not sampling.get("ignore_eos") and assignment.task == GENERATE
             if stop or index + 1 == int(sampling["max_tokens"]):
                 finishes.append(Finish(*stream, "stop" if stop else "length", index + 1, 2))
                 del self.rows[stream]

@@ -10,8 +10,9 @@ from typing import Any
 
 from headrace.broker.config import BrokerConfig
 from headrace.broker.serve import BrokerServer
+from headrace.card import TOKENIZER
 from headrace.messages import Assignment
-from tests.client.tiny import FILES, tiny_card
+from tests.client.tiny import ENCODER_FILES, FILES, tiny_card
 from tests.support.fake_group import Emit, FakeGroup, emit_by_seed
 from tests.support.tiny_tokenizer import END_OF_TEXT
 
@@ -75,7 +76,7 @@ class Pool:
         options.setdefault("name", f"group {len(self.groups)}")
         if emit is not None:
             options["emit"] = emit
-        group = FakeGroup(self.worker_endpoint, blobs=FILES, **options).start()
+        group = FakeGroup(self.worker_endpoint, blobs=FILES | {"encoder": ENCODER_FILES[TOKENIZER]}, **options).start()
         self.groups.append(group)
         wait_until(lambda: any(each["name"] == group.name and each["state"] == "ready" for each in self.report()))
         return group

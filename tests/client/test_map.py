@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.client.map import Window, item_wish
-from headrace.client.types import Completion, MapItem, Usage
+from headrace.client.map import Outcome, Window, item_wish
+from headrace.client.types import Completion, Usage
 from headrace.errors import InvalidRequestError, OverloadedError
 
 DONE = Completion("id", "tiny", 1, (), Usage(1, 1))
@@ -25,7 +25,7 @@ def test_items_come_out_once_and_the_window_is_bounded(concurrency, ordered, cou
     prompts = iter(range(100, 100 + count))
     running: list[int] = []
     finished_order: list[int] = []
-    out: list[MapItem] = []
+    out: list[Outcome] = []
     more = True
     while more or running or not window.empty:
         while more and window.room:
@@ -48,7 +48,7 @@ def test_items_come_out_once_and_the_window_is_bounded(concurrency, ordered, cou
     assert indexes == (list(range(count)) if ordered else finished_order)
     for item in out:
         assert item.prompt == 100 + item.index
-        assert (item.completion, item.error) == ((None, FAILED) if item.index % 3 == 0 else (DONE, None))
+        assert (item.result, item.error) == ((None, FAILED) if item.index % 3 == 0 else (DONE, None))
 
 
 def test_a_slow_first_item_stops_the_reading():

@@ -21,7 +21,9 @@ NAMES = [
     "Client",
     "Completion",
     "Delta",
+    "Embeddings",
     "MapItem",
+    "MaskFill",
     "Stream",
     "Text",
     "Timeouts",
@@ -46,7 +48,7 @@ def public(cls):
 
 
 def test_public_methods():
-    assert public(Client) == ["close", "generate", "map", "models", "status", "stream", "text"]
+    assert public(Client) == ["close", "embed", "fill_mask", "generate", "map", "models", "status", "stream", "text"]
     assert public(Stream) == ["close", "id", "prompt_tokens", "result", "text_iter"]
 
 

@@ -8,11 +8,20 @@ from typing import Any
 from headrace.card import CHAT_TEMPLATE, TOKENIZER, ModelCard
 from headrace.client.text import Text
 from tests.support.tiny_tokenizer import CHAT_TEMPLATE as TEMPLATE
-from tests.support.tiny_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer_json
+from tests.support.tiny_tokenizer import (
+    ENCODER_VOCAB_SIZE,
+    END_OF_TEXT,
+    IM_END,
+    MASK,
+    VOCAB_SIZE,
+    encoder_tokenizer_json,
+    tiny_tokenizer_json,
+)
 
-__all__ = ["FILES", "tiny_card", "tiny_text"]
+__all__ = ["ENCODER_FILES", "FILES", "encoder_card", "tiny_card", "tiny_text"]
 
 FILES = {TOKENIZER: tiny_tokenizer_json(), CHAT_TEMPLATE: TEMPLATE.encode()}
+ENCODER_FILES = {TOKENIZER: encoder_tokenizer_json()}
 
 
 def tiny_card(name: str = "tiny", **changes: Any) -> ModelCard:
@@ -28,6 +37,23 @@ def tiny_card(name: str = "tiny", **changes: Any) -> ModelCard:
         "special_tokens": {"eos_token": "<|im_end|>"},
     }
     return ModelCard(name=name, **{**fields, **changes})
+
+
+def encoder_card(name: str = "reader", **changes: Any) -> ModelCard:
+    """The card of an encoder with the tiny tokenizer, whose vectors have 6 numbers."""
+    fields: dict[str, Any] = {
+        "architecture": "FakeForMaskedLM",
+        "vocab_size": ENCODER_VOCAB_SIZE,
+        "max_model_len": 32,
+        "eos_token_ids": (),
+        "blobs": {file: hashlib.sha256(content).hexdigest() for file, content in ENCODER_FILES.items()},
+        "special_tokens": {"mask_token": "[MASK]"},
+        "tasks": ("embed", "fill_mask"),
+        "embedding_size": 6,
+        "pooling_defaults": {"pooling": "cls", "normalize": False},
+        "mask_token_id": MASK,
+    }
+    return tiny_card(name, **{**fields, **changes})
 
 
 def tiny_text(*, template: str | None = TEMPLATE, tokenizer: bytes | None = None, **card: Any) -> Text:

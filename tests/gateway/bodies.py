@@ -2,10 +2,12 @@
 
 from hypothesis import strategies as st
 
+from headrace.gateway.embeddings import EmbeddingRequest
 from headrace.gateway.generate import GenerateRequest
 from headrace.gateway.openai import ChatRequest, CompletionRequest
 
 MODELS = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/generate": GenerateRequest}
+_ALL = {**MODELS, "/v1/embeddings": EmbeddingRequest}
 
 numbers = st.one_of(
     st.integers(-5, 20),
@@ -30,12 +32,15 @@ GOOD = {
         "prompt": st.one_of(st.text(min_size=1, max_size=5), st.lists(st.integers(0, 200), max_size=3))
     },
     "/generate": {"prompt": st.text(min_size=1, max_size=5)},
+    "/v1/embeddings": {
+        "input": st.one_of(st.text(min_size=1, max_size=5), st.lists(st.lists(st.integers(0, 200), max_size=3)))
+    },
 }
 
 
 def bodies(path):
     """Bodies for one endpoint."""
-    fields = [name for name in MODELS[path].model_fields if name not in GOOD[path]]
+    fields = [name for name in _ALL[path].model_fields if name not in GOOD[path]]
     odd = st.dictionaries(st.one_of(st.sampled_from(fields), st.sampled_from(fields), texts), values, max_size=4)
     base = st.fixed_dictionaries(GOOD[path])
     anything = st.dictionaries(st.sampled_from([*fields, *GOOD[path]]), values)

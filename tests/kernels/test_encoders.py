@@ -5,50 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.errors import UnsupportedModelError
-from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.loader import load_model
 from tests.support.batches import make_batch
-from tests.support.tiny_tokenizer import tiny_tokenizer_json
+from tests.support.tiny_models import ENCODERS, save_encoder
 
-# name -> class of transformers and what is unusual about its config
-ENCODERS = {
-    "bert": ("BertForMaskedLM", {}),
-    "bert-relu-untied": ("BertForMaskedLM", {"hidden_act": "relu", "tie_word_embeddings": False}),
-    "bert-pooled": ("BertModel", {"type_vocab_size": 3}),
-    "roberta": ("RobertaForMaskedLM", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
-    "roberta-pooled": ("RobertaModel", {"type_vocab_size": 1, "pad_token_id": 1}),
-}
 TEXTS = (5, 1, 31, 12)
 
 
 @pytest.fixture(scope="module", params=list(ENCODERS))
 def pair(request, tmp_path_factory):
-    import transformers
-
-    name, changes = ENCODERS[request.param]
-    model_class = getattr(transformers, name)
-    config = model_class.config_class(
-        vocab_size=101,
-        hidden_size=72,
-        intermediate_size=100,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        max_position_embeddings=40,
-        initializer_range=0.15,
-        **changes,
-    )
-    torch.manual_seed(0)
-    model = model_class(config).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                scale = "LayerNorm.weight" in parameter_name or "layer_norm.weight" in parameter_name
-                parameter.normal_(mean=1.0 if scale else 0.0, std=0.2)
     folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(tiny_tokenizer_json())
-    return model, folder
+    return save_encoder(folder, request.param), folder
 
 
 @torch.inference_mode()
@@ -79,8 +46,3 @@ def test_segments_are_told_apart(pair):
     found = load_model(folder).hidden(batch, None)
     expected = reference(batch.token_ids[None], token_type_ids=types[None], output_hidden_states=True)
     torch.testing.assert_close(found, expected.hidden_states[-1][0], rtol=1e-4, atol=1e-4)
-
-
-def test_an_encoder_cannot_be_served_as_a_generator(pair):
-    with pytest.raises(UnsupportedModelError, match="encoder"):
-        Engine.load(pair[1], EngineConfig())

@@ -12,9 +12,17 @@ from typing import Any
 
 import torch
 
-from tests.support.tiny_tokenizer import CHAT_TEMPLATE, END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer_json
+from tests.support.tiny_tokenizer import (
+    CHAT_TEMPLATE,
+    ENCODER_VOCAB_SIZE,
+    END_OF_TEXT,
+    IM_END,
+    VOCAB_SIZE,
+    encoder_tokenizer_json,
+    tiny_tokenizer_json,
+)
 
-__all__ = ["FAMILIES", "T5_VARIANTS", "make_model", "save_model", "save_t5"]
+__all__ = ["ENCODERS", "FAMILIES", "T5_VARIANTS", "make_model", "save_encoder", "save_model", "save_t5"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -203,4 +211,43 @@ def save_t5(folder: Path, name: str = "t5", *, seed: int = 0) -> Any:
                 parameter.normal_(std=1.0 if "relative" in parameter_name else 0.25)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tiny_tokenizer_json())
+    return model
+
+
+# name -> class of transformers and what is unusual about its config
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForMaskedLM", {}),
+    "bert-relu-untied": ("BertForMaskedLM", {"hidden_act": "relu", "tie_word_embeddings": False}),
+    "bert-pooled": ("BertModel", {"type_vocab_size": 3}),
+    "roberta": ("RobertaForMaskedLM", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
+    "roberta-pooled": ("RobertaModel", {"type_vocab_size": 1, "pad_token_id": 1}),
+}
+
+
+def save_encoder(folder: Path, name: str = "bert", *, seed: int = 0, **changes: Any) -> Any:
+    """Write an encoder with its tokenizer; returns the transformers model for comparison."""
+    import transformers
+
+    class_name, differences = ENCODERS[name]
+    model_class = getattr(transformers, class_name)
+    settings = {
+        "vocab_size": ENCODER_VOCAB_SIZE,
+        "hidden_size": 72,
+        "intermediate_size": 100,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 40,
+        "initializer_range": 0.15,
+    }
+    torch.manual_seed(seed)
+    model = model_class(model_class.config_class(**settings | differences | changes)).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                scale = "LayerNorm.weight" in parameter_name or "layer_norm.weight" in parameter_name
+                parameter.normal_(mean=1.0 if scale else 0.0, std=0.2)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(encoder_tokenizer_json())
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     return model

@@ -11,11 +11,16 @@ import json
 
 __all__ = [
     "CHAT_TEMPLATE",
+    "CLS",
+    "ENCODER_VOCAB_SIZE",
     "END_OF_TEXT",
     "IM_END",
     "IM_START",
+    "MASK",
+    "SEP",
     "SPECIAL_TOKENS",
     "VOCAB_SIZE",
+    "encoder_tokenizer_json",
     "tiny_tokenizer_json",
 ]
 
@@ -48,6 +53,7 @@ CHAT_TEMPLATE = """\
 """
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_ENCODER_TOKENS = ("[CLS]", "[SEP]", "[MASK]")
 
 # Each byte string becomes a token, together with all its prefixes, so every one of them can be reached by merges.
 _PIECES = (
@@ -84,6 +90,8 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 VOCAB_SIZE = len(_vocabulary()[0]) + len(SPECIAL_TOKENS)
 END_OF_TEXT, IM_START, IM_END = range(VOCAB_SIZE - len(SPECIAL_TOKENS), VOCAB_SIZE)
+ENCODER_VOCAB_SIZE = VOCAB_SIZE + len(_ENCODER_TOKENS)
+CLS, SEP, MASK = range(VOCAB_SIZE, ENCODER_VOCAB_SIZE)
 
 
 @functools.cache
@@ -102,4 +110,17 @@ def tiny_tokenizer_json(*, bos: bool = False) -> bytes:
         )
     else:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False).encode()
+
+
+@functools.cache
+def encoder_tokenizer_json() -> bytes:
+    """As `tiny_tokenizer_json`, with the special tokens of an encoder, two of which go around every text."""
+    from tokenizers import AddedToken, Tokenizer, processors
+
+    tokenizer = Tokenizer.from_str(tiny_tokenizer_json().decode())
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _ENCODER_TOKENS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
     return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False).encode()

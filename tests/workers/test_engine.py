@@ -16,6 +16,7 @@ from headrace.errors import (
 )
 from headrace.messages import StreamId
 from headrace.workers.engine import Engine, EngineConfig
+from headrace.workers.engines import load_engine
 from tests.support.engines import assign, generate, run
 from tests.support.tiny_models import FAMILIES, T5_VARIANTS, save_model, save_t5
 from tests.support.tiny_tokenizer import IM_END, VOCAB_SIZE
@@ -40,7 +41,9 @@ def one(tmp_path_factory):
 
 def load(folder, **config) -> Engine:
     settings = {"kv_tokens": 1024, "block_size": 8, "dtype": "float32"} | config
-    return Engine.load(folder, EngineConfig(**settings))
+    engine = load_engine(folder, EngineConfig(**settings))
+    assert isinstance(engine, Engine)
+    return engine
 
 
 def texts(*lens: int, seed: int = 0) -> list[list[int]]:

@@ -21,7 +21,7 @@ __all__ = ["INDEX", "WEIGHTS", "check_folder", "no_safetensors", "read_json", "s
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_TOKENIZERS = (TOKENIZER, "tokenizer.model", "spiece.model", "vocab.json")
+_TOKENIZERS = (TOKENIZER, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _CHUNK = 1 << 20
 
 

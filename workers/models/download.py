@@ -33,7 +33,7 @@ class RemoteFile:
     """A file and what is known of it beforehand.
 
     Attributes:
-        name: under which it is stored; a plain name.
+        name: under which it is stored; a plain name, or a path below the folder.
         url: where it is.
         size: in bytes.
         sha256: of its content, if known.
@@ -81,6 +81,7 @@ def download(
             progress(file.size)
             return sha256
         target.unlink()
+    target.parent.mkdir(exist_ok=True)
     part = folder / f"{file.name}.part"
     resumed = part.exists()
     while True:

@@ -26,9 +26,10 @@ __all__ = ["HubSource", "endpoint", "is_offline", "token"]
 _MAX_LISTING = 32 << 20
 _TEXT_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "modules.json",
 )  # fmt: skip
-_OLD_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt")
+_POOLING = "1_Pooling/config.json"  # where sentence-transformers keeps it
+_OLD_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 
 
 class HubSource:
@@ -74,7 +75,7 @@ class HubSource:
     def _fetch_texts(self, files: Mapping[str, RemoteFile], folder: Path, progress: Progress) -> dict[str, str]:
         if "config.json" not in files:
             raise ModelFilesError(f"{self._repo} has no config.json on the hub, so it is no model that can be served.")
-        names = [name for name in (*_TEXT_FILES, INDEX) if name in files]
+        names = [name for name in (*_TEXT_FILES, _POOLING, INDEX) if name in files]
         if "tokenizer.json" not in files:
             names += [name for name in _OLD_TOKENIZERS if name in files]
         progress("downloading settings and tokenizer", 0, None)
@@ -125,11 +126,11 @@ class HubSource:
         return ModelNotFoundError(f"answered {error.code} {error.reason}; try again later")
 
     def _remote_files(self, listing: Mapping[str, Any], commit: str) -> dict[str, RemoteFile]:
-        """Files at the top of the repository by name; what lies in folders is of no use here."""
+        """Files at the top of the repository by name; of what lies in folders only one is of use here."""
         files = {}
         for entry in listing["siblings"]:
             name = entry.get("rfilename")
-            if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+            if not isinstance(name, str) or (Path(name).name != name and name != _POOLING) or name.startswith("."):
                 continue
             lfs = entry.get("lfs") or {}
             files[name] = RemoteFile(

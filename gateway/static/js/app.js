@@ -14,6 +14,7 @@ import { Thread } from "./thread.js";
 const LOOK_AGAIN = 3000; // milliseconds until the server is asked again for a model
 const NO_KEY = "invalid_api_key";
 
+let served = []; // all models, those that only read texts included
 let models = [];
 let entries = [];
 let chat = null; // the open one; null until the first message of a new one is sent
@@ -200,11 +201,12 @@ async function exportChats(wanted) {
 async function lookForModels(byItself = false) {
   clearTimeout(timer);
   try {
-    models = await api.models();
+    served = await api.models();
+    models = served.filter((model) => model.tasks.includes("generate"));
     if (problem) hideError();
     problem = null;
   } catch (error) {
-    models = [];
+    served = models = [];
     const known = byItself && error.message === problem?.message;
     problem = error;
     if (!known) {
@@ -234,7 +236,9 @@ function offerModels() {
     ? settings.summary(model)
     : locked
       ? "This server asks for an API key."
-      : "No model is ready yet; this page looks again every few seconds.";
+      : served.length
+        ? "The model that is served reads texts and does not write any."
+        : "No model is ready yet; this page looks again every few seconds.";
 }
 
 /** Settings belong to the open chat, and are what the next new one begins with. */

@@ -1,0 +1,229 @@
+"""One encoder serving many texts in one process: assignments in, vectors or words for masks out, a step at a time.
+
+To a leader it is an engine like the one that generates (`headrace.workers.engine`), and obeys the same laws. A step
+reads whole texts, the oldest first, as many as the budget of tokens allows; each ends in the step that reads it, with
+the reason "length": all of its items were sent. There is no cache: between steps nothing is held but the queue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from headrace.card import ModelCard
+from headrace.errors import DeadlineExceededError, HeadraceError, InternalError, InvalidRequestError
+from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, unpack_tokens
+from headrace.sampling import SamplingParams
+from headrace.tasks import EMBED, FILL_MASK, PoolingParams
+from headrace.workers.config import EngineConfig
+from headrace.workers.encoder_runner import EncoderRunner, Items, Text
+from headrace.workers.engine import StepResult, model_len
+
+if TYPE_CHECKING:
+    from headrace.kernels.model import Model
+
+__all__ = ["EncoderEngine"]
+
+_ITEM_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """One stream: its text, how many of its items an earlier attempt sent, and until when it may be computed."""
+
+    stream: StreamId
+    text: Text
+    sent: int
+    deadline: float | None
+
+
+class EncoderEngine:
+    """An encoder with its queue.
+
+    Attributes:
+        card: describes the model as served.
+        blobs: files named by the card, by name.
+        config: the settings in force.
+        max_num_seqs: texts that one step reads at most.
+        kv_tokens: tokens of all texts that it holds at most. There is no cache, but a broker goes by its size.
+    """
+
+    def __init__(
+        self, model: Model, card: ModelCard, config: EngineConfig, *, blobs: dict[str, bytes] | None = None
+    ) -> None:
+        max_model_len = model_len(card, config)
+        self.card = dataclasses.replace(card, max_model_len=max_model_len)
+        self.blobs = blobs or {}
+        self.config = config
+        self.max_num_seqs = config.max_num_seqs
+        self.kv_tokens = config.max_num_seqs * max_model_len
+        self._step_tokens = max(config.max_batch_tokens, max_model_len)  # any text is read whole
+        self._runner = EncoderRunner(model)
+        self._queue: dict[tuple[bytes, int], _Waiting] = {}  # in order of arrival
+        self._pending = StepResult()  # ends found outside of a step
+        self._steps = 0
+        self._prompt_tokens = 0
+
+    # ---------------------------------------------------------------------------------------------------- streams
+
+    def add(self, assignment: Assignment, now: float) -> None:
+        """Take a text on. An earlier attempt at it is dropped; the same or an older attempt changes nothing.
+
+        Raises:
+            RequestError: it cannot be served; what to do is in the message.
+        """
+        key = (assignment.request, assignment.choice)
+        if (held := self._queue.get(key)) is not None:
+            if held.stream.attempt >= assignment.attempt:
+                return
+            del self._queue[key]
+        waiting = self._waiting(assignment, now)
+        if waiting.sent >= self._num_items(waiting.text):
+            self._pending.finishes.append(_finish(waiting, waiting.sent))
+            return
+        self._queue[key] = waiting
+
+    def revoke(self, stream: StreamId) -> None:
+        """Drop a stream without a word; unknown ones, and attempts newer than the named one, are left alone."""
+        key = (stream.request, stream.choice)
+        if (held := self._queue.get(key)) is not None and held.stream.attempt <= stream.attempt:
+            del self._queue[key]
+
+    def revoke_all(self) -> None:
+        """Drop all streams without a word."""
+        self._queue.clear()
+        self._pending = StepResult()
+
+    def running(self) -> tuple[StreamId, ...]:
+        """All streams on hand."""
+        return tuple(waiting.stream for waiting in self._queue.values())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._queue or self._pending.finishes)
+
+    # ------------------------------------------------------------------------------------------------------ steps
+
+    @property
+    def steps(self) -> int:
+        """Steps computed since the start."""
+        return self._steps
+
+    def step(self, now: float) -> StepResult:
+        """Compute one step; returns at once if there is nothing to do."""
+        result, self._pending = self._pending, StepResult()
+        for waiting in [w for w in self._queue.values() if w.deadline is not None and now >= w.deadline]:
+            self._refuse(waiting, _too_late(waiting), result)
+        batch = self._next()
+        if not batch:
+            return result
+        items = self._runner.run([waiting.text for waiting in batch])
+        self._steps += 1
+        for waiting, made in zip(batch, items, strict=True):
+            self._prompt_tokens += len(waiting.text.tokens)
+            if made is None:
+                self._refuse(waiting, _not_numbers(waiting), result)
+            else:
+                self._send(waiting, made, result)
+        return result
+
+    def warm_up(self) -> None:
+        """Compute the longest text there can be, so that the first request finds everything in place."""
+        assert not self._queue, "warm up before taking texts on"
+        tokens = array("I", (index % self.card.vocab_size for index in range(self.card.max_model_len)))
+        self._runner.run([Text(tokens=tokens, pooling=PoolingParams())])
+        if FILL_MASK in self.card.tasks:
+            self._runner.run([Text(tokens=tokens[:1], masks=(0,), top=1)])
+
+    def load_gauges(self) -> dict[str, int | float]:
+        """Figures for heartbeats and metrics."""
+        return {"running": 0, "waiting": len(self._queue), "prompt_tokens": self._prompt_tokens}
+
+    def validate(self) -> None:
+        """Assert the invariants."""
+        for (request, choice), waiting in self._queue.items():
+            assert waiting.stream[:2] == (request, choice)
+            assert waiting.sent < self._num_items(waiting.text), "a complete text waits"
+
+    # ---------------------------------------------------------------------------------------------------- details
+
+    def _next(self) -> list[_Waiting]:
+        """The oldest texts that fit into one step."""
+        batch: list[_Waiting] = []
+        room = self._step_tokens
+        for waiting in self._queue.values():
+            room -= len(waiting.text.tokens)
+            if room < 0 or len(batch) == self.max_num_seqs:
+                break
+            batch.append(waiting)
+        return batch
+
+    def _waiting(self, assignment: Assignment, now: float) -> _Waiting:
+        stream = StreamId(assignment.request, assignment.choice, assignment.attempt)
+        tokens = unpack_tokens(assignment.prompt)
+        self._check(assignment, tokens)
+        if assignment.task == EMBED:
+            text = Text(tokens=tokens, pooling=PoolingParams.from_wire(assignment.pooling))
+        else:
+            masks = tuple(place for place, token in enumerate(tokens) if token == self.card.mask_token_id)
+            text = Text(tokens=tokens, masks=masks, top=SamplingParams.from_wire(assignment.sampling).logprobs)
+        deadline = None if assignment.budget_ms is None else now + assignment.budget_ms / 1000
+        return _Waiting(stream, text, len(assignment.output) // _ITEM_BYTES, deadline)
+
+    def _check(self, assignment: Assignment, tokens: array[int]) -> None:
+        if assignment.task not in self.card.tasks:
+            raise InvalidRequestError(
+                f"{self.card.name} was asked to {assignment.task}, but it can {' and '.join(self.card.tasks)}; choose "
+                "another model.",
+                param="model",
+            )
+        if not 0 < len(tokens) <= self.card.max_model_len:
+            raise InvalidRequestError(
+                f"The text has {len(tokens):,} tokens; give 1 to {self.card.max_model_len:,}.", param="prompt"
+            )
+        if (largest := max(tokens)) >= self.card.vocab_size:
+            raise InvalidRequestError(
+                f"The text holds token id {largest}, but {self.card.name} has ids 0 to {self.card.vocab_size - 1}; use "
+                "the tokenizer that its card names.",
+                param="prompt",
+            )
+
+    def _num_items(self, text: Text) -> int:
+        if text.pooling is None:
+            return len(text.masks)
+        return min(text.pooling.dimensions or self.card.embedding_size, self.card.embedding_size)
+
+    def _send(self, waiting: _Waiting, items: Items, result: StepResult) -> None:
+        sent = waiting.sent
+        logprobs = None if items.logprobs is None else items.logprobs[sent:]
+        result.runs.append(TokenRun(*waiting.stream, sent, items.packed[sent * _ITEM_BYTES :], logprobs))
+        result.finishes.append(_finish(waiting, len(items.packed) // _ITEM_BYTES))
+        self._drop(waiting)
+
+    def _refuse(self, waiting: _Waiting, error: HeadraceError, result: StepResult) -> None:
+        result.refusals.append(Refusal(*waiting.stream, error.to_wire()))
+        self._drop(waiting)
+
+    def _drop(self, waiting: _Waiting) -> None:
+        del self._queue[waiting.stream.request, waiting.stream.choice]
+
+
+def _finish(waiting: _Waiting, total: int) -> Finish:
+    return Finish(*waiting.stream, "length", total, 0)
+
+
+def _too_late(waiting: _Waiting) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        "The time allowed was over before the text was read; give more time.", request_id=waiting.stream.request.hex()
+    )
+
+
+def _not_numbers(waiting: _Waiting) -> InternalError:
+    return InternalError(
+        "What the model made of the text holds NaN or infinity; other requests go on. If it happens again, the weights "
+        "are damaged or the dtype is too narrow: try float32.",
+        request_id=waiting.stream.request.hex(),
+    )

@@ -1,0 +1,42 @@
+"""Which engine serves a model folder: encoders read whole texts, all others generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from headrace.workers.checkpoint import Checkpoint
+from headrace.workers.config import EngineConfig
+from headrace.workers.describe import describe
+from headrace.workers.device import pick_device
+from headrace.workers.encoder_engine import EncoderEngine
+from headrace.workers.engine import Engine
+from headrace.workers.loader import load_model
+
+__all__ = ["load_engine"]
+
+
+def load_engine(
+    folder: Path,
+    config: EngineConfig,
+    *,
+    name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Engine | EncoderEngine:
+    """The engine of a model folder, cold.
+
+    Args:
+        folder: of the model.
+        config: of the engine.
+        name: what clients call the model; the folder's by default.
+        progress: is told bytes done and bytes in all.
+
+    Raises:
+        ModelError: files are missing, damaged or do not fit each other, or the family is not covered.
+        ConfigError: a setting does not fit the model.
+    """
+    checkpoint = Checkpoint(folder)
+    card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
+    model = load_model(checkpoint, dtype=config.dtype, device=pick_device(config.device), progress=progress)
+    kind = EncoderEngine if model.spec.is_encoder else Engine
+    return kind(model, card, config, blobs=blobs)
