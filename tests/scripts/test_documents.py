@@ -44,6 +44,19 @@ def pool(tmp_path_factory):
             yield Path(runtime), run.value("chat page")
 
 
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The runtime folder of a tiny encoder."""
+    from tests.support.tiny_models import save_encoder
+
+    folder = tmp_path_factory.mktemp("documents") / "tiny"
+    folder.mkdir()
+    save_encoder(folder)
+    with tempfile.TemporaryDirectory(prefix="hr") as runtime, Run(Path(runtime), "up", folder, "--no-gateway") as run:
+        run.value("vectors")
+        yield Path(runtime)
+
+
 @pytest.mark.parametrize("line", [*cases(r"^(headrace [^\n#]*)"), *cases(r"`(?:[A-Z_]+=\S+ )?(headrace [^`\n]*)`")])
 def test_commands_parse(line):
     words = shlex.split(line.replace("[MODEL]", "model").replace("COMMAND", "up"))[1:]
@@ -57,8 +70,10 @@ def test_commands_parse(line):
 
 # Those of the library need models of other families; tests/inference runs what that page shows.
 @pytest.mark.parametrize("program", [case for case in cases(r"```python\n(.*?)```") if "library.md" not in case.id])
-def test_programs_run(pool, program):
+def test_programs_run(pool, program, request):
     runtime, page = pool
+    if ".embed(" in program:
+        runtime = request.getfixturevalue("reader")
     program = program.replace("http://127.0.0.1:8000/", page)
 
     done = subprocess.run(
