@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from headrace.broker.events import Face
 from headrace.errors import OverloadedError
 from headrace.messages import Assignment, Finish, Message, Refusal, StreamId, TokenRun, pack_tokens
+from headrace.tasks import EMBED, GENERATE
 from headrace.workers import plan
 from headrace.workers.leader import Leader
 from headrace.workers.leader_events import (
@@ -68,12 +69,18 @@ class _Row:
         self.max_tokens = int(sampling["max_tokens"])
         self.stops = set(sampling.get("stop_token_ids", ()))
         self.logprobs = sampling.get("logprobs")
+        self.at_once = assignment.task == EMBED
         self.steps_to_live = _HARMLESS_STEPS if sampling.get("top_k") == POISON else -1
         output = memoryview(assignment.output).cast("I")
         assert list(output) == [token_at(self.seed, self.choice, index) for index in range(len(output))]
 
     def step(self, stream: StreamId, results: _Results) -> bool:
-        """Make one token; whether it was the last."""
+        """Make one token, or a whole vector; whether it was the last."""
+        if self.at_once:
+            items = [token_at(self.seed, self.choice, index) for index in range(self.next_index, self.max_tokens)]
+            results.runs.append(TokenRun(*stream, self.next_index, pack_tokens(items), None))
+            results.finishes.append(Finish(*stream, "length", self.max_tokens, 0))
+            return True
         if self.steps_to_live == 0:
             raise Crash
         self.steps_to_live -= 1
@@ -172,7 +179,7 @@ class GroupNode:
         self._engine = _Engine(self._world, self._max_rows, moody=self._moody)
         self._leader = Leader(
             group=self.name,
-            card=fake_card(),
+            card=fake_card(tasks=(GENERATE, EMBED), embedding_size=400),
             max_num_seqs=self._max_rows,
             kv_tokens=4096,
             blobs={},

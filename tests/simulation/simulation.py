@@ -16,6 +16,7 @@ from headrace.client.events import Spec
 from headrace.client.types import Timeouts
 from headrace.errors import HeadraceError, WorkerCrashedError
 from headrace.messages import pack_tokens
+from headrace.tasks import EMBED, GENERATE
 from tests.client.probe import Outcome, token_at
 from tests.simulation.broker_node import BrokerNode
 from tests.simulation.client_node import ClientNode
@@ -158,9 +159,22 @@ class Simulation:
             self.poisons.add(ticket)
             sampling = {"seed": ticket, "max_tokens": 50, "top_k": POISON}
             choices = 1
+        pooling: dict[str, Any] = {}
+        if ticket % 6 == 0 and ticket not in self.poisons:  # a vector, whose numbers come all at once
+            pooling = {"dimensions": sampling["max_tokens"]}
+            sampling, choices = {"seed": ticket}, 1
         prompt = pack_tokens(range(world.random.randint(1, 5)))
         timeout = world.between(0.5, 20.0) if self.plan.demanding and world.chance(0.15) else None
-        return Spec(model="fake", prompt=prompt, sampling=sampling, choices=choices, fingerprint="f0", timeout=timeout)
+        return Spec(
+            model="fake",
+            prompt=prompt,
+            sampling=sampling,
+            choices=choices,
+            fingerprint="f0",
+            timeout=timeout,
+            task=EMBED if pooling else GENERATE,
+            pooling=pooling,
+        )
 
     # ---------------------------------------------------------------------------------------------------- the faults
 
@@ -244,7 +258,7 @@ class Simulation:
 def _check_answer(outcome: Outcome) -> None:
     """It is what the seed says, all of it."""
     assert outcome.spec is not None
-    sampling = outcome.spec.sampling
+    sampling = {"max_tokens": outcome.spec.pooling.get("dimensions"), **outcome.spec.sampling}
     for choice, tokens in enumerate(outcome.tokens):
         right: list[int] = []
         reason = ""
