@@ -27,6 +27,7 @@ from headrace.errors import (
     HeadraceError,
     InternalError,
     InvalidRequestError,
+    ModelFilesError,
     UnsupportedModelError,
 )
 from headrace.kernels.kv import KVCache
@@ -41,6 +42,7 @@ from headrace.workers.sequence import Sequence
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
+    from headrace.kernels.spec import ModelSpec
 
 __all__ = ["Engine", "EngineConfig", "StepResult"]
 
@@ -63,10 +65,20 @@ class Engine:
         config: the settings in force.
         max_num_seqs: streams that run at once.
         kv_tokens: tokens the KV cache holds.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+        ModelFilesError: neither config nor `start_token` says what an encoder-decoder's texts begin with.
     """
 
     def __init__(
-        self, model: Model, card: ModelCard, config: EngineConfig, *, blobs: dict[str, bytes] | None = None
+        self,
+        model: Model,
+        card: ModelCard,
+        config: EngineConfig,
+        *,
+        blobs: dict[str, bytes] | None = None,
+        start_token: int | None = None,
     ) -> None:
         max_model_len = _max_model_len(card, config)
         num_blocks = _num_blocks(model, config, max_model_len)
@@ -93,7 +105,8 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
         )
-        self._encoder = model.spec.encoder
+        # What an encoder-decoder's text begins with; None for a decoder, which goes on with its prompt.
+        self._start_token = _start_token(model.spec, card, start_token)
         self._sequences: dict[tuple[bytes, int], Sequence] = {}
         self._pending = StepResult()  # ends found outside of a step
         self._steps = 0
@@ -124,8 +137,10 @@ class Engine:
                 param="model",
             )
         card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
+        generation = checkpoint.read_json("generation_config.json")
+        start_token = _start_token(spec, card, generation.get("decoder_start_token_id"))
         model = load_model(checkpoint, dtype=config.dtype, device=pick_device(config.device), progress=progress)
-        return cls(model, card, config, blobs=blobs)
+        return cls(model, card, config, blobs=blobs, start_token=start_token)
 
     # ---------------------------------------------------------------------------------------------------- streams
 
@@ -236,8 +251,8 @@ class Engine:
         prompt, output = unpack_tokens(assignment.prompt), unpack_tokens(assignment.output)
         self._check_ids(prompt, output, sampling)
         source = None
-        if self._encoder is not None:
-            source, prompt = prompt, array("I", [self._encoder.start_token])
+        if self._start_token is not None:
+            source, prompt = prompt, array("I", [self._start_token])
         eos = () if sampling.ignore_eos else self.card.eos_token_ids
         vocab = self.card.vocab_size
         return Sequence(
@@ -320,6 +335,21 @@ def _not_numbers(sequence: Sequence) -> InternalError:
         f"The model's logits after {sequence.num_output} tokens hold NaN or infinity, so no token could be chosen; "
         "other requests go on. If it happens again, the weights are damaged or the dtype is too narrow: try float32.",
         request_id=sequence.stream.request.hex(),
+    )
+
+
+def _start_token(spec: ModelSpec, card: ModelCard, given: int | None) -> int | None:
+    if spec.encoder is None:
+        return None
+    start = spec.encoder.start_token if given is None else given
+    if isinstance(start, int) and 0 <= start < card.vocab_size:
+        return start
+    raise ModelFilesError(
+        f"{card.name}, a {card.architecture}, has {'no' if start is None else repr(start) + ' as its'} "
+        f"decoder_start_token_id, so nobody can tell what its answers begin with. Put a token id below "
+        f"{card.vocab_size} into its generation_config.json; that of T5 is its pad_token_id: "
+        '"decoder_start_token_id": 0.',
+        param="model",
     )
 
 
