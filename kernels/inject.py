@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from headrace.errors import ModelFilesError, UnsupportedModelError
+from headrace.errors import ModelError, ModelFilesError, UnsupportedModelError
 from headrace.kernels.model import Model
-from headrace.kernels.policies.base import Policy, Source
+from headrace.kernels.policies.base import Layout, Policy, Source
 from headrace.kernels.spec import ModelSpec
 
 __all__ = ["Filler", "Injected", "Weights", "inject", "quantization_of"]
@@ -25,6 +25,9 @@ __all__ = ["Filler", "Injected", "Weights", "inject", "quantization_of"]
 # What checkpoints hold beyond the weights: tables that can be computed, and the embedding once more.
 _COMPUTED = (".inv_freq", ".attn.bias", ".masked_bias", ".attention.bias", ".position_ids")
 _COPIES = ("lm_head.weight", "decoder.weight", "decoder.bias", ".embed_tokens.weight")
+# What weights are stored in that are not quantized, and names by which quantized ones go.
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PACKED = ("qweight", "weight_packed")
 
 
 class Weights(Protocol):
@@ -64,25 +67,26 @@ class Filler:
 
         Raises:
             ModelFilesError: one is missing, they do not add up to the parameter's shape, or the policy names none.
+            UnsupportedModelError: one is quantized.
         """
         source = self._source(parameter_name)
+        found: dict[str, Tensor] = {}
         start = 0
         for wanted in source.tensors:
             name = self.find(wanted.removesuffix("?"), required=not wanted.endswith("?"))
             if name is None:
                 continue
-            tensor = self._weights.read(name)
-            try:
-                rows = tensor if source.layout is None else source.layout(tensor, self._spec)
-                stop = start + len(rows)
-                if rows.shape[1:] != parameter.shape[1:] or stop > len(parameter):
-                    raise ValueError
-            except (RuntimeError, TypeError, ValueError):
-                raise self._wrong_shape(name, tensor, parameter) from None
+            tensor = found[name] = self._read(name)
+            rows = tensor if source.layout is None else self._arranged(name, tensor, source.layout, parameter)
+            stop = start + (len(rows) if rows.ndim else len(parameter) + 1)
+            if rows.shape[1:] != parameter.shape[1:] or stop > len(parameter):
+                raise self._wrong_shape({name: tensor}, parameter, source.layout, list(rows.shape))
             parameter[start:stop].copy_(rows)
             start = stop
+        if not found:
+            raise self._lacks(" or ".join(source.tensors))
         if start != len(parameter):
-            raise self._wrong_shape(" + ".join(source.tensors), tensor, parameter)
+            raise self._wrong_shape(found, parameter, source.layout, f"{start} rows")
 
     def find(self, wanted: str, *, required: bool = True) -> str | None:
         """The name by which the weights have a tensor; None if they have none and it is not required.
@@ -97,11 +101,7 @@ class Filler:
                     return spelled
         if not required:
             return None
-        raise ModelFilesError(
-            f"{self._weights.place} lacks the tensor {wanted!r} of a {self._weights.architecture}: weights and "
-            f"config do not belong together. {self._weights.advice}",
-            param="model",
-        )
+        raise self._lacks(wanted)
 
     def unused(self) -> list[str]:
         """What the weights hold beyond the model, but for tables that can be computed and a tied head."""
@@ -118,12 +118,55 @@ class Filler:
             )
         return source
 
-    def _wrong_shape(self, name: str, tensor: Tensor, parameter: Tensor) -> ModelFilesError:
+    def _read(self, name: str) -> Tensor:
+        tensor = self._weights.read(name)
+        if tensor.dtype not in _PLAIN:
+            raise self._quantized(f"its tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} values")
+        return tensor
+
+    def _arranged(self, name: str, tensor: Tensor, layout: Layout, parameter: Tensor) -> Tensor:
+        """The rows that a layout makes of a tensor; it may be anybody's code, so anything may go wrong."""
+        try:
+            rows = layout(tensor, self._spec)
+        except Exception as error:
+            failure = f"a {type(error).__name__} ({error})"
+            raise self._wrong_shape({name: tensor}, parameter, layout, failure) from error
+        if not isinstance(rows, Tensor):
+            raise self._wrong_shape({name: tensor}, parameter, layout, f"a {type(rows).__name__}")
+        return rows
+
+    def _lacks(self, wanted: str) -> ModelError:
+        for stem in {name.rpartition(".")[0] for name in wanted.split("|")}:
+            for packed in (f"{stem}.{kind}" for kind in _PACKED):
+                if packed in self._weights:
+                    return self._quantized(f"it has {packed} where {wanted} should be")
         return ModelFilesError(
-            f"The tensor {name} in {self._weights.place} has shape {list(tensor.shape)}, which does not fit "
-            f"the {list(parameter.shape)} that its config asks for. {self._weights.advice}",
+            f"{self._weights.place} lacks the tensor {wanted!r} of a {self._weights.architecture}: weights and "
+            f"config do not belong together. {self._weights.advice}",
             param="model",
         )
+
+    def _quantized(self, sign: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self._weights.place} is quantized, though its config does not say so: {sign}. Quantized weights are not "
+            "supported; choose a checkpoint in float32, bfloat16 or float16.",
+            param="model",
+        )
+
+    def _wrong_shape(
+        self, tensors: dict[str, Tensor], parameter: Tensor, layout: Layout | None, made: object
+    ) -> ModelFilesError:
+        shapes = " + ".join(str(list(tensor.shape)) for tensor in tensors.values())
+        blame = "" if layout is None else f"; the policy's layout {_name_of(layout)} makes {made} of it"
+        return ModelFilesError(
+            f"The tensor {' + '.join(tensors)} in {self._weights.place} has shape {shapes}, which does not fit "
+            f"the {list(parameter.shape)} that its config asks for{blame}. {self._weights.advice}",
+            param="model",
+        )
+
+
+def _name_of(layout: Layout) -> str:
+    return getattr(layout, "__name__", None) or repr(layout)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -40,7 +40,14 @@ class Encoder(nn.Module):
 def _relative_table(layers: tuple[LayerSpec, ...]) -> nn.Embedding | None:
     """The table of relative biases that all layers share, if they have one."""
     attention = layers[0].attention
-    return nn.Embedding(attention.relative.num_buckets, attention.num_heads) if attention.relative else None
+    return _embedding(attention.relative.num_buckets, attention.num_heads) if attention.relative else None
+
+
+def _embedding(count: int, size: int) -> nn.Embedding:
+    """An empty table; nn.Embedding's own would be drawn at random, for which, on the meta device, torch imports its
+    compiler: half a second of every start."""
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(count, size))  # type: ignore[no-untyped-call]
+    return table
 
 
 class Model(nn.Module):
@@ -64,10 +71,10 @@ class Model(nn.Module):
     def _build(self, spec: ModelSpec) -> None:
         hidden, embedding = spec.hidden_size, spec.embedding
         projected = embedding.size != hidden
-        self.embedding = nn.Embedding(spec.vocab_size, embedding.size)
+        self.embedding = _embedding(spec.vocab_size, embedding.size)
         self.embedding_in = Linear(embedding.size, hidden) if projected else None
-        self.positions = nn.Embedding(embedding.positions.count, hidden) if embedding.positions else None
-        self.token_types = nn.Embedding(embedding.token_types, hidden) if embedding.token_types else None
+        self.positions = _embedding(embedding.positions.count, hidden) if embedding.positions else None
+        self.token_types = _embedding(embedding.token_types, hidden) if embedding.token_types else None
         self.embedding_norm = Norm(embedding.norm, hidden) if embedding.norm else None
         self.blocks = nn.ModuleList([Block(layer, hidden) for layer in spec.layers])
         self.final_norm = Norm(spec.final_norm, hidden) if spec.final_norm else None

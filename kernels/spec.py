@@ -207,12 +207,12 @@ class EncoderSpec:
     Attributes:
         layers: its blocks.
         final_norm: after the last of them.
-        start_token: the first token that the decoder is given.
+        start_token: the first token that the decoder is given; None if the config does not say.
     """
 
     layers: tuple[LayerSpec, ...]
     final_norm: NormSpec
-    start_token: int
+    start_token: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -171,6 +171,16 @@ def test_client_needs_no_torch():
     run_python(f"{use}; print({{'torch', 'transformers', 'numpy'}} & set(sys.modules))", "set()")
 
 
+def test_building_a_model_needs_no_compiler():
+    """A worker that starts, or starts again, should not wait for what it never uses."""
+    build = "spec = find_policy('GPT2LMHeadModel').spec(GPT2Config(n_layer=1)); Model(spec, dtype=torch.bfloat16)"
+    imports = (
+        "import sys, torch; from transformers import GPT2Config; from headrace.kernels.model import Model; "
+        "from headrace.kernels.policies import find_policy"
+    )
+    run_python(f"{imports}; {build}; print('torch._dynamo' in sys.modules)", "False")
+
+
 def test_package_imports_nothing_by_itself():
     run_python(
         "import sys, headrace; print([name for name in sys.modules if name.startswith('headrace.')])",

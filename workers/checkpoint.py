@@ -24,6 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_PICKLED = ("*.bin", "*.ckpt", "*.pkl", "*.pt", "*.pth")
 
 
 class Checkpoint:
@@ -155,7 +156,7 @@ class Checkpoint:
         single = self.folder / _SINGLE
         if single.is_file():
             return [single]
-        others = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern)]
+        others = [path.name for pattern in _PICKLED for path in self.folder.glob(pattern)]
         hint = (
             f"it has {', '.join(sorted(others)[:3])}, but such files can run code when they are read; "
             "convert them with transformers' save_pretrained"

@@ -45,7 +45,7 @@ def describe(
         name=name or checkpoint.folder.name,
         architecture=checkpoint.architecture,
         family=checkpoint.policy.family,
-        fingerprint=_fingerprint(checkpoint, blobs, torch_dtype),
+        fingerprint=_fingerprint(checkpoint, blobs, torch_dtype, generation.get("decoder_start_token_id")),
         vocab_size=spec.vocab_size,
         max_model_len=spec.max_positions,
         dtype=torch_dtype,
@@ -119,13 +119,13 @@ def _tokenizer(checkpoint: Checkpoint) -> bytes:
     return converted.encode()
 
 
-def _fingerprint(checkpoint: Checkpoint, blobs: dict[str, bytes], dtype: str) -> str:
-    """Hash of config, tokenizer, dtype and weights.
+def _fingerprint(checkpoint: Checkpoint, blobs: dict[str, bytes], dtype: str, start_token: object) -> str:
+    """Hash of config, tokenizer, dtype, weights and what an encoder-decoder's texts begin with.
 
     Of the weights the headers and samples spread over each file enter: reading all of a large model would take longer
     than loading it, and weights that were trained on differ nearly everywhere.
     """
-    digest = hashlib.sha256(dtype.encode())
+    digest = hashlib.sha256(f"{dtype} {start_token}".encode())
     digest.update((checkpoint.folder / "config.json").read_bytes())
     digest.update(blobs[TOKENIZER])
     for path in checkpoint.files:

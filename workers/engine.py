@@ -25,6 +25,7 @@ from headrace.errors import (
     HeadraceError,
     InternalError,
     InvalidRequestError,
+    ModelFilesError,
 )
 from headrace.kernels.kv import KVCache
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, pack_tokens, unpack_tokens
@@ -39,8 +40,9 @@ from headrace.workers.sequence import Sequence
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
+    from headrace.kernels.spec import ModelSpec
 
-__all__ = ["Engine", "EngineConfig", "StepResult", "model_len"]
+__all__ = ["Engine", "EngineConfig", "StepResult", "model_len", "start_token_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,20 @@ class Engine:
         config: the settings in force.
         max_num_seqs: streams that run at once.
         kv_tokens: tokens the KV cache holds.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+        ModelFilesError: neither config nor `start_token` says what an encoder-decoder's texts begin with.
     """
 
     def __init__(
-        self, model: Model, card: ModelCard, config: EngineConfig, *, blobs: dict[str, bytes] | None = None
+        self,
+        model: Model,
+        card: ModelCard,
+        config: EngineConfig,
+        *,
+        blobs: dict[str, bytes] | None = None,
+        start_token: int | None = None,
     ) -> None:
         max_model_len = model_len(card, config)
         num_blocks = _num_blocks(model, config, max_model_len)
@@ -91,7 +103,8 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
         )
-        self._encoder = model.spec.encoder
+        # What an encoder-decoder's text begins with; None for a decoder, which goes on with its prompt.
+        self._start_token = start_token_of(model.spec, card, start_token)
         self._sequences: dict[tuple[bytes, int], Sequence] = {}
         self._pending = StepResult()  # ends found outside of a step
         self._steps = 0
@@ -212,8 +225,8 @@ class Engine:
         prompt, output = unpack_tokens(assignment.prompt), unpack_tokens(assignment.output)
         self._check_ids(prompt, output, sampling)
         source = None
-        if self._encoder is not None:
-            source, prompt = prompt, array("I", [self._encoder.start_token])
+        if self._start_token is not None:
+            source, prompt = prompt, array("I", [self._start_token])
         eos = () if sampling.ignore_eos else self.card.eos_token_ids
         vocab = self.card.vocab_size
         return Sequence(
@@ -296,6 +309,26 @@ def _not_numbers(sequence: Sequence) -> InternalError:
         f"The model's logits after {sequence.num_output} tokens hold NaN or infinity, so no token could be chosen; "
         "other requests go on. If it happens again, the weights are damaged or the dtype is too narrow: try float32.",
         request_id=sequence.stream.request.hex(),
+    )
+
+
+def start_token_of(spec: ModelSpec, card: ModelCard, given: int | None) -> int | None:
+    """What an encoder-decoder's texts begin with, given or by its config; None for a decoder.
+
+    Raises:
+        ModelFilesError: nobody says, or it is no token.
+    """
+    if spec.encoder is None:
+        return None
+    start = spec.encoder.start_token if given is None else given
+    if isinstance(start, int) and 0 <= start < card.vocab_size:
+        return start
+    raise ModelFilesError(
+        f"{card.name}, a {card.architecture}, has {'no' if start is None else repr(start) + ' as its'} "
+        f"decoder_start_token_id, so nobody can tell what its answers begin with. Put a token id below "
+        f"{card.vocab_size} into its generation_config.json; that of T5 is its pad_token_id: "
+        '"decoder_start_token_id": 0.',
+        param="model",
     )
 
 

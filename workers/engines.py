@@ -10,7 +10,7 @@ from headrace.workers.config import EngineConfig
 from headrace.workers.describe import describe
 from headrace.workers.device import pick_device
 from headrace.workers.encoder_engine import EncoderEngine
-from headrace.workers.engine import Engine
+from headrace.workers.engine import Engine, start_token_of
 from headrace.workers.loader import load_model
 
 __all__ = ["load_engine"]
@@ -36,7 +36,13 @@ def load_engine(
         ConfigError: a setting does not fit the model.
     """
     checkpoint = Checkpoint(folder)
+    spec = checkpoint.policy.spec(checkpoint.config)
     card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
+    # Asked before the weights are read: who says what an answer begins with is seen at once.
+    start_token = start_token_of(
+        spec, card, checkpoint.read_json("generation_config.json").get("decoder_start_token_id")
+    )
     model = load_model(checkpoint, dtype=config.dtype, device=pick_device(config.device), progress=progress)
-    kind = EncoderEngine if model.spec.is_encoder else Engine
-    return kind(model, card, config, blobs=blobs)
+    if spec.is_encoder:
+        return EncoderEngine(model, card, config, blobs=blobs)
+    return Engine(model, card, config, blobs=blobs, start_token=start_token)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headrace.kernels.inject import Filler, Injected
 from headrace.kernels.model import Model
+from headrace.kernels.policies import POLICIES
 from headrace.workers.checkpoint import Checkpoint
 
 __all__ = ["load_checkpoint", "load_model"]
@@ -77,7 +78,8 @@ class _Files(contextlib.ExitStack):
         super().__init__()
         self.place = repr(str(checkpoint.folder))
         self.architecture = checkpoint.architecture
-        self.advice = "Fetch the model again."
+        ours = any(checkpoint.policy is policy for policy in POLICIES)
+        self.advice = "Fetch the model again." if ours else "Correct the policy, or fetch the model again."
         self._checkpoint = checkpoint
         self._open: dict[Path, Any] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.errors import UnsupportedModelError
+from headrace.errors import HeadraceError, ModelFilesError, UnsupportedModelError
 from headrace.kernels.spec import Activation, Alibi, ModelSpec, RotarySpec
 
-__all__ = ["Policy", "Source", "activation", "alibi", "rotary_of", "rotary_spec", "stack"]
+__all__ = ["Layout", "Policy", "Source", "activation", "alibi", "rotary_of", "rotary_spec", "stack"]
 
 Layout = Callable[[Tensor, ModelSpec], Tensor]
 
@@ -43,7 +44,8 @@ class Policy:
     Attributes:
         family: its name, as transformers calls the model type.
         architectures: Hugging Face class names that it covers.
-        spec: makes the ModelSpec of a transformers config; raises UnsupportedModelError for what we do not compute.
+        spec: makes the ModelSpec of a transformers config; raises UnsupportedModelError for what we do not compute,
+            and ModelFilesError where it was given code that raises anything else.
         weights: parameter -> Source. `{layer}` and `{expert}` stand for numbers.
         prefix: what some checkpoints leave out at the beginning of all names but the head's.
     """
@@ -62,8 +64,54 @@ class Policy:
                 experts = layers[layer].mlp.experts
                 for expert in range(experts.count) if experts and "{expert}" in name else (0,):
                     numbers = {"layer": layer, "expert": expert}
-                    tensors = tuple(tensor.format(**numbers) for tensor in source.tensors)
-                    yield name.format(**numbers), Source(tensors, source.layout)
+                    yield self._numbered(name, numbers), self._numbered_source(name, source, numbers)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", _with_typed_errors(self.spec, self.family))
+
+    def _numbered_source(self, name: str, source: Source, numbers: dict[str, int]) -> Source:
+        if not isinstance(source, Source):
+            raise ModelFilesError(
+                f"The policy of {self.family!r} has a {type(source).__name__} for {name!r}; write stack(...) around "
+                "the names of its tensors.",
+                param="policy",
+            )
+        return Source(tuple(self._numbered(tensor, numbers) for tensor in source.tensors), source.layout)
+
+    def _numbered(self, name: str, numbers: dict[str, int]) -> str:
+        try:
+            return name.format(**numbers)
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise ModelFilesError(
+                f"The policy of {self.family!r} names {name!r}, but only {{layer}} and {{expert}} stand for numbers. "
+                "Correct it.",
+                param="policy",
+            ) from None
+
+
+def _with_typed_errors(spec: Callable[[Any], ModelSpec], family: str) -> Callable[[Any], ModelSpec]:
+    """A policy's `spec`, which may be anybody's code and reads what may be anybody's config."""
+
+    @functools.wraps(spec)
+    def read(config: Any) -> ModelSpec:
+        try:
+            result = spec(config)
+        except HeadraceError:
+            raise
+        except Exception as error:
+            raise ModelFilesError(
+                f"The policy of {family!r} cannot make a spec of the config ({type(config).__name__}): "
+                f"{type(error).__name__}: {error}. Correct config.json, or the policy if it is your own.",
+                param="model",
+            ) from error
+        if not isinstance(result, ModelSpec):
+            raise ModelFilesError(
+                f"The policy of {family!r} makes a {type(result).__name__} of the config, not a ModelSpec. Correct it.",
+                param="policy",
+            )
+        return result
+
+    return read
 
 
 _ACTIVATIONS: dict[str, Activation] = {

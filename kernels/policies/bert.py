@@ -25,7 +25,8 @@ __all__ = ["BERT", "ROBERTA"]
 def _spec(config: Any, *, first_position: int) -> ModelSpec:
     if config.is_decoder or config.add_cross_attention:
         raise UnsupportedModelError(
-            "The model is a BERT that was made a decoder (is_decoder or add_cross_attention), which is not supported.",
+            "The model is a BERT that was made a decoder (is_decoder or add_cross_attention), which is not supported. "
+            "Choose one that is an encoder.",
             param="model",
         )
     heads, hidden = config.num_attention_heads, config.hidden_size

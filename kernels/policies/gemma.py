@@ -21,7 +21,8 @@ _NORMS = {
 def _spec(config: Any, *, qk_norm: bool, soft_cap: float | None) -> ModelSpec:
     if config.use_bidirectional_attention:
         raise UnsupportedModelError(
-            "The model attends in both directions (use_bidirectional_attention), so it is no text generator.",
+            "The model attends in both directions (use_bidirectional_attention), so it is no text generator. "
+            "Choose a Gemma without it.",
             param="model",
         )
     norm = NormSpec(kind="rms", eps=config.rms_norm_eps, unit_offset=True)

@@ -23,7 +23,10 @@ __all__ = ["GPT2", "GPTJ", "GPT_NEOX"]
 
 def _gpt2(config: Any) -> ModelSpec:
     if config.add_cross_attention:
-        raise UnsupportedModelError("The model has cross attention (add_cross_attention), which needs an encoder.")
+        raise UnsupportedModelError(
+            "The model has cross attention (add_cross_attention), which needs an encoder. Choose a GPT-2 without it.",
+            param="model",
+        )
     heads, hidden = config.n_head, config.n_embd
     head_dim = hidden // heads
     norm = NormSpec(kind="layer", eps=config.layer_norm_epsilon)

@@ -49,7 +49,6 @@ def _spec(config: Any) -> ModelSpec:
             mlp=mlp,
         )
 
-    start = config.decoder_start_token_id
     return ModelSpec(
         vocab_size=config.vocab_size,
         hidden_size=config.d_model,
@@ -63,7 +62,7 @@ def _spec(config: Any) -> ModelSpec:
         encoder=EncoderSpec(
             layers=(layer(decoder=False),) * config.num_layers,
             final_norm=norm,
-            start_token=config.pad_token_id if start is None else start,
+            start_token=getattr(config, "decoder_start_token_id", None),
         ),
     )
 

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from tests.support.tiny_models import save_model
+from tests.support.tiny_models import save_model, save_t5
 from tests.support.up import Up
 
 
@@ -43,9 +43,34 @@ def test_a_damaged_shard(tmp_path):
     assert victim.name in refusal(str(tmp_path))
 
 
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_weights_that_are_only_pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    output = refusal(str(folder))
+    assert "pytorch_model.bin" in output
+    assert "save_pretrained" in output
+
+
+def test_a_quantized_checkpoint(folder):
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantized (gptq)" in refusal(str(folder))
+
+
+def test_an_encoder_decoder_that_does_not_say_what_it_begins_with(tmp_path):
+    save_t5(tmp_path)
+    change_config(tmp_path, decoder_start_token_id=None)
+    (tmp_path / "generation_config.json").unlink()
+    output = refusal(str(tmp_path))
+    assert "has no decoder_start_token_id" in output
+    assert '"decoder_start_token_id": 0' in output
+
+
 def test_an_unsupported_architecture(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen9ForCausalLM"]}))
+    change_config(folder, architectures=["Qwen9ForCausalLM"])
     output = refusal(str(folder))
     assert "Qwen9ForCausalLM" in output
     assert "Qwen2ForCausalLM" in output

@@ -158,6 +158,8 @@ def make_model(name: str = "qwen2-tied", *, seed: int = 0, **changes: Any) -> An
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.normal_(mean=_center(parameter_name, model_type), std=0.2)
+        if "gemma" in model_type:  # its embedding is scaled up and is the head: as it is, it would only repeat itself
+            model.get_input_embeddings().weight.mul_(0.1)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from headrace.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
+    ModelFilesError,
 )
 from headrace.messages import StreamId
 from headrace.workers.engine import Engine, EngineConfig
@@ -115,6 +117,37 @@ def test_encoder_decoders_answer_as_in_transformers(encoder_decoder, mode):
     # The same source again, continued from some of its answer.
     outcome = run(engine, [assign(PROMPTS[3], output=expected[3][:9], max_tokens=STEPS)])[0]
     assert outcome.tokens == expected[3][9:]
+
+
+@pytest.fixture
+def t5(tmp_path):
+    """A folder of an encoder-decoder, and its model of transformers."""
+    return tmp_path, save_t5(tmp_path)
+
+
+def change(path, **changes) -> None:
+    """Change values of a JSON file; those that become None are left out."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize("in_config", [0, None])
+def test_answers_begin_with_the_start_token_of_the_generation_config(t5, in_config):
+    folder, reference = t5
+    change(folder / "config.json", decoder_start_token_id=in_config)
+    change(folder / "generation_config.json", decoder_start_token_id=7)
+    ids = torch.tensor([PROMPTS[1]])
+    out = reference.generate(ids, decoder_start_token_id=7, max_new_tokens=STEPS, do_sample=False, eos_token_id=None)
+    assert generate(load(folder), PROMPTS[1:2], max_tokens=STEPS) == [out[0, 1:].tolist()]
+
+
+@pytest.mark.parametrize("wrong", [None, VOCAB_SIZE, -1, [0], "pad"])
+def test_an_encoder_decoder_without_a_start_token_is_refused(t5, wrong):
+    folder, _ = t5
+    change(folder / "config.json", decoder_start_token_id=None)
+    change(folder / "generation_config.json", decoder_start_token_id=wrong)
+    with pytest.raises(ModelFilesError, match=r"T5ForCond.*decoder_start_token_id.*nobody can.*Put.*generation_config"):
+        load(folder)
 
 
 @pytest.mark.parametrize("cut", [1, 15, 31])

@@ -282,6 +282,14 @@ def test_the_fingerprint_depends_on_the_tokenizer(saved, folder):
     assert describe(folder)[0].fingerprint != describe(saved[1])[0].fingerprint
 
 
+def test_the_fingerprint_depends_on_the_start_token(saved, folder):
+    """A stream that was begun with another one cannot go on here."""
+    change_json(folder / "generation_config.json", temperature=0.5)
+    assert describe(folder)[0].fingerprint == describe(saved[1])[0].fingerprint
+    change_json(folder / "generation_config.json", decoder_start_token_id=7)
+    assert describe(folder)[0].fingerprint != describe(saved[1])[0].fingerprint
+
+
 def test_a_checkpoint_is_opened_once(saved):
     checkpoint = Checkpoint(saved[1])
     card, _ = describe(checkpoint)
