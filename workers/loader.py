@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.kernels.inject import Filler, Injected
+from headrace.kernels.inject import Filler, Injected, with_own_tie
 from headrace.kernels.model import Model
 from headrace.workers.checkpoint import Checkpoint
 
@@ -51,13 +51,16 @@ def load_checkpoint(
     checkpoint: Checkpoint, *, dtype: str, device: torch.device | str, progress: Progress | None = None
 ) -> Injected:
     """As `load_model`; tells what the checkpoint holds beyond the model, too."""
-    spec = checkpoint.policy.spec(checkpoint.config)
-    model = Model(spec, dtype=checkpoint.dtype(dtype), device=device)
-    parameters = dict(model.named_parameters())
-    total = sum(parameter.nbytes for parameter in parameters.values())
-    done = 0
+    policy = checkpoint.policy
     with _Files(checkpoint) as files:
-        filler = Filler(files, checkpoint.policy, spec)
+        spec = policy.spec(checkpoint.config)
+        if spec.head is not None and spec.head.tied:
+            # Some say so and have a head of their own: those of T5 1.1 and Flan.
+            spec = with_own_tie(spec, policy, files)
+        model = Model(spec, dtype=checkpoint.dtype(dtype), device=device)
+        parameters = dict(model.named_parameters())
+        total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
+        filler = Filler(files, policy, spec)
         for name, parameter in parameters.items():
             filler.fill(name, parameter)
             done += parameter.nbytes
@@ -94,3 +97,7 @@ class _Files(contextlib.ExitStack):
             self._open[path] = self.enter_context(self._checkpoint.open(path))
         tensor: Tensor = self._open[path].get_tensor(name)
         return tensor
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two names mean one tensor: files may hold it twice."""
+        return torch.equal(self.read(first), self.read(second))

@@ -170,7 +170,8 @@ def save_model(folder: Path, name: str = "qwen2-tied", *, seed: int = 0, shards:
     return model
 
 
-# v1.0; v1.1 and Flan, whose outputs are not scaled; more layers on one side, and an inner size unlike the hidden one.
+# v1.0; v1.1 and Flan, with a head of their own and outputs that are not scaled; more layers on one side, and an inner
+# size unlike the hidden one.
 T5_VARIANTS: dict[str, dict[str, Any]] = {
     "t5": {"feed_forward_proj": "relu"},
     "t5-v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
@@ -195,6 +196,8 @@ def save_t5(folder: Path, name: str = "t5", *, seed: int = 0) -> Any:
     )
     torch.manual_seed(seed)
     model = T5ForConditionalGeneration(config).eval()
+    if not config.scale_decoder_outputs:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "layer_norm" in parameter_name:
