@@ -1,5 +1,8 @@
 """Puts weights into a Model as a policy says: out of a checkpoint's files, or out of a live module, which loses them.
 
+With the model goes what is left to transformers, the head of a task: a module of its class whose parameters have the
+names that they have in files.
+
 A module's tensors are moved one at a time, each freed before the next is taken, so that model and module are never both
 in memory. Whether all of them are there and fit is checked first, on shapes alone: a module that cannot be injected
 keeps its weights.
@@ -7,9 +10,10 @@ keeps its weights.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +24,13 @@ from headrace.kernels.module_weights import ModuleWeights
 from headrace.kernels.policies.base import Policy, Source
 from headrace.kernels.spec import ModelSpec
 
-__all__ = ["Filler", "Injected", "Weights", "inject", "with_own_tie"]
+__all__ = ["Filler", "Injected", "Weights", "all_parameters", "config_of", "inject", "own_spec"]
 
 # What checkpoints hold beyond the weights: tables that can be computed, and the embedding once more.
 _COMPUTED = (".inv_freq", ".attn.bias", ".masked_bias", ".attention.bias", ".position_ids")
 _COPIES = ("lm_head.weight", "decoder.weight", "decoder.bias", ".embed_tokens.weight")
+
+_TASK = "task."  # stands before the names of a task's parameters
 
 
 class Weights(Protocol):
@@ -54,13 +60,15 @@ class Weights(Protocol):
 
 
 class Filler:
-    """Fills parameters of a Model from named tensors."""
+    """Fills parameters of a Model, and of a task's head, from named tensors."""
 
-    def __init__(self, weights: Weights, policy: Policy, spec: ModelSpec) -> None:
+    def __init__(self, weights: Weights, policy: Policy, spec: ModelSpec, task: nn.Module | None = None) -> None:
         self._weights = weights
         self._policy = policy
         self._spec = spec
         self._sources = dict(policy.sources(spec))
+        if task is not None:
+            self._sources |= {f"{_TASK}{name}": Source((name,)) for name, _ in task.named_parameters()}
         self._used: set[str] = set()
 
     def fill(self, parameter_name: str, parameter: Tensor) -> None:
@@ -143,12 +151,26 @@ class Injected:
     unused: tuple[str, ...]
 
 
+def config_of(module: nn.Module) -> Any:
+    """The config of a Hugging Face module, naming the module's class as those of checkpoints do."""
+    config: Any = copy.copy(module.config)
+    config.architectures = [type(module).__name__]
+    return config
+
+
+def all_parameters(model: Model, task: nn.Module | None) -> dict[str, nn.Parameter]:
+    """What a Filler can fill, by name."""
+    own = {} if task is None else {f"{_TASK}{name}": parameter for name, parameter in task.named_parameters()}
+    return dict(model.named_parameters()) | own
+
+
 def inject(
     module: nn.Module,
     policy: Policy,
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    task: nn.Module | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Injected:
     """Move the weights of a Hugging Face module into a Model; the module is left without any.
@@ -158,6 +180,7 @@ def inject(
         policy: of its family.
         dtype: of the Model.
         device: where the Model goes.
+        task: what of the module is left to transformers, without weights; gets those of the module.
         progress: is told bytes done and bytes in all.
 
     Raises:
@@ -165,32 +188,38 @@ def inject(
         UnsupportedModelError: the family is not covered as it is configured, or the weights are packed.
     """
     weights = ModuleWeights(module)
-    spec = with_own_tie(policy.spec(module.config), policy, weights)
+    spec = own_spec(policy.spec(config_of(module)), policy, weights, task)
     model = Model(spec, dtype=dtype, device="meta")
-    parameters = dict(model.named_parameters())
-    weights.rehearse(lambda: _fill_all(Filler(weights, policy, spec), parameters))
+    parameters = all_parameters(model, task)
+    weights.rehearse(lambda: _fill_all(Filler(weights, policy, spec, task), parameters))
 
-    filler = Filler(weights, policy, spec)
-    total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
+    filler = Filler(weights, policy, spec, task)
+    total, done = sum(blank.numel() * dtype.itemsize for blank in parameters.values()), 0
     for name, blank in parameters.items():
         parameter = nn.Parameter(torch.empty(blank.shape, dtype=dtype, device=device), requires_grad=False)
         filler.fill(name, parameter)
-        _replace(model, blank, parameter)
+        for part in (model, task):
+            if part is not None:
+                _replace(part, blank, parameter)
         done += parameter.nbytes
         if progress is not None:
             progress(done, total)
-    unused = tuple(name for name in filler.unused() if name not in weights.taken)
+    unused = tuple(name for name in filler.unused() if not weights.took(name))
     weights.close()
     model.pack()
     return Injected(model, unused)
 
 
-def with_own_tie(spec: ModelSpec, policy: Policy, weights: Weights) -> ModelSpec:
-    """The spec with a head that is tied exactly if the weights' is, whatever their config says."""
-    if spec.head is None:
-        return spec
+def own_spec(spec: ModelSpec, policy: Policy, weights: Weights, task: nn.Module | None = None) -> ModelSpec:
+    """The spec as its weights are, whatever their config says: with a head that is tied exactly if theirs is, and
+    without a pooler that they do not have, unless a task needs it."""
     filler = Filler(weights, policy, spec)
     sources = dict(policy.sources(spec))
+    if spec.pooler and task is None and "pooler.weight" in sources:
+        found = filler.find(sources["pooler.weight"].tensors[0], required=False)
+        spec = dataclasses.replace(spec, pooler=found is not None)
+    if spec.head is None:
+        return spec
     try:
         places = [str(filler.find(sources[name].tensors[0])) for name in ("embedding.weight", "head.weight")]
     except (KeyError, ModelFilesError):  # one of them does not exist, so there is nothing to compare

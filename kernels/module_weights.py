@@ -36,7 +36,7 @@ class ModuleWeights:
         self._opened: dict[str, dict[str, Tensor]] = {}
         self._rehearsing = False
         self._uses: Counter[int] = Counter()
-        self.taken: set[str] = set()  # its own names of what was read
+        self._taken: set[int] = set()  # storage of what was read
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -56,11 +56,15 @@ class ModuleWeights:
             self._uses[storage] += 1
             return self._open(name, home, torch.empty_like(self._tensor(home), device="meta"))
         tensor = self._open(name, home, self._tensor(home))
-        self.taken.add(home)
+        self._taken.add(storage)
         self._uses[storage] -= 1
         if not self._uses[storage]:
             self._free(storage)
         return tensor
+
+    def took(self, name: str) -> bool:
+        """Whether one of the module's own tensors was read, by this name or by another one that it has."""
+        return self._storage[name] in self._taken
 
     def rehearse(self, work: Callable[[], None]) -> None:
         """Do something with shapes only, and count how often each tensor is read."""

@@ -66,7 +66,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, card: ModelCard, config: EngineConfig, *, blobs: dict[str, bytes] | None = None
+        self,
+        model: Model,
+        card: ModelCard,
+        config: EngineConfig,
+        *,
+        blobs: dict[str, bytes] | None = None,
+        start_token: int | None = None,
     ) -> None:
         max_model_len = _max_model_len(card, config)
         num_blocks = _num_blocks(model, config, max_model_len)
@@ -93,7 +99,10 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
         )
-        self._encoder = model.spec.encoder
+        # What an encoder-decoder's text begins with; None for a decoder, which goes on with its prompt.
+        self._start_token = start_token
+        if model.spec.encoder is not None and start_token is None:
+            self._start_token = model.spec.encoder.start_token
         self._sequences: dict[tuple[bytes, int], Sequence] = {}
         self._pending = StepResult()  # ends found outside of a step
         self._steps = 0
@@ -236,8 +245,8 @@ class Engine:
         prompt, output = unpack_tokens(assignment.prompt), unpack_tokens(assignment.output)
         self._check_ids(prompt, output, sampling)
         source = None
-        if self._encoder is not None:
-            source, prompt = prompt, array("I", [self._encoder.start_token])
+        if self._start_token is not None:
+            source, prompt = prompt, array("I", [self._start_token])
         eos = () if sampling.ignore_eos else self.card.eos_token_ids
         vocab = self.card.vocab_size
         return Sequence(

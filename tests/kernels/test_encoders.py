@@ -9,42 +9,15 @@ from headrace.errors import UnsupportedModelError
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.loader import load_model
 from tests.support.batches import make_batch
+from tests.support.tiny_encoders import ENCODERS, make_encoder
 from tests.support.tiny_tokenizer import tiny_tokenizer_json
 
-# name -> class of transformers and what is unusual about its config
-ENCODERS = {
-    "bert": ("BertForMaskedLM", {}),
-    "bert-relu-untied": ("BertForMaskedLM", {"hidden_act": "relu", "tie_word_embeddings": False}),
-    "bert-pooled": ("BertModel", {"type_vocab_size": 3}),
-    "roberta": ("RobertaForMaskedLM", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
-    "roberta-pooled": ("RobertaModel", {"type_vocab_size": 1, "pad_token_id": 1}),
-}
 TEXTS = (5, 1, 31, 12)
 
 
 @pytest.fixture(scope="module", params=list(ENCODERS))
 def pair(request, tmp_path_factory):
-    import transformers
-
-    name, changes = ENCODERS[request.param]
-    model_class = getattr(transformers, name)
-    config = model_class.config_class(
-        vocab_size=101,
-        hidden_size=72,
-        intermediate_size=100,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        max_position_embeddings=40,
-        initializer_range=0.15,
-        **changes,
-    )
-    torch.manual_seed(0)
-    model = model_class(config).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                scale = "LayerNorm.weight" in parameter_name or "layer_norm.weight" in parameter_name
-                parameter.normal_(mean=1.0 if scale else 0.0, std=0.2)
+    model = make_encoder(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tiny_tokenizer_json())

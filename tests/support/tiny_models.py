@@ -14,7 +14,7 @@ import torch
 
 from tests.support.tiny_tokenizer import CHAT_TEMPLATE, END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer_json
 
-__all__ = ["FAMILIES", "T5_VARIANTS", "make_model", "save_model", "save_t5"]
+__all__ = ["FAMILIES", "T5_VARIANTS", "make_model", "make_t5", "save_model", "save_t5"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -179,8 +179,8 @@ T5_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_t5(folder: Path, name: str = "t5", *, seed: int = 0) -> Any:
-    """Write an encoder-decoder with its tokenizer; returns the transformers model for comparison."""
+def make_t5(name: str = "t5", *, seed: int = 0, **changes: Any) -> Any:
+    """An encoder-decoder of transformers in float32."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     settings = {"num_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
@@ -190,9 +190,7 @@ def save_t5(folder: Path, name: str = "t5", *, seed: int = 0) -> Any:
         d_kv=12,
         d_ff=56,
         num_heads=5,
-        decoder_start_token_id=0,
-        eos_token_id=END_OF_TEXT,
-        **settings | T5_VARIANTS[name],
+        **settings | {"decoder_start_token_id": 0, "eos_token_id": END_OF_TEXT} | T5_VARIANTS[name] | changes,
     )
     torch.manual_seed(seed)
     model = T5ForConditionalGeneration(config).eval()
@@ -204,6 +202,12 @@ def save_t5(folder: Path, name: str = "t5", *, seed: int = 0) -> Any:
                 parameter.normal_(mean=1.0, std=0.2)
             else:  # a small embedding, or a head that is tied to it would only repeat what it reads
                 parameter.normal_(std=1.0 if "relative" in parameter_name else 0.25)
+    return model
+
+
+def save_t5(folder: Path, name: str = "t5", *, seed: int = 0) -> Any:
+    """Write an encoder-decoder with its tokenizer; returns the transformers model for comparison."""
+    model = make_t5(name, seed=seed)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tiny_tokenizer_json())
     return model
