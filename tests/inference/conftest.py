@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from headrace.workers.inference import init_inference
-from tests.support.tiny_encoders import ENCODERS, TASKS, make_encoder
-from tests.support.tiny_models import T5_VARIANTS, make_model, make_t5, save_model
+from tests.support.tiny_encoders import make_any
+from tests.support.tiny_models import save_model
 
 
 @functools.cache
 def _pair(name):
-    make = make_t5 if name in T5_VARIANTS else make_encoder if name in ENCODERS | TASKS else make_model
-    reference = make(name)
+    reference = make_any(name)
     if getattr(reference.config, "attn_logit_softcapping", None):
         reference.set_attn_implementation("eager")  # older transformers leave the cap out of the fused one
     return reference, init_inference(copy.deepcopy(reference), device="cpu")

@@ -1,4 +1,4 @@
-"""Tiny encoders with random weights, with and without heads."""
+"""Tiny encoders with random weights, with and without heads; and any tiny model by its name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["ENCODERS", "TASKS", "make_encoder"]
+from tests.support.tiny_models import T5_VARIANTS, make_model, make_t5
+
+__all__ = ["ENCODERS", "TASKS", "make_any", "make_encoder"]
 
 _ROBERTA = {"type_vocab_size": 1, "pad_token_id": 1}
 
@@ -53,3 +55,9 @@ def make_encoder(name: str, *, seed: int = 0, **changes: Any) -> Any:
                 scale = "LayerNorm.weight" in parameter_name or "layer_norm.weight" in parameter_name
                 parameter.normal_(mean=1.0 if scale else 0.0, std=0.2)
     return model
+
+
+def make_any(name: str, **changes: Any) -> Any:
+    """A transformers model in float32: a decoder, an encoder or an encoder-decoder."""
+    make = make_t5 if name in T5_VARIANTS else make_encoder if name in ENCODERS | TASKS else make_model
+    return make(name, **changes)

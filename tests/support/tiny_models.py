@@ -183,15 +183,19 @@ def make_t5(name: str = "t5", *, seed: int = 0, **changes: Any) -> Any:
     """An encoder-decoder of transformers in float32."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    settings = {"num_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
-    config = T5Config(
-        vocab_size=VOCAB_SIZE,
-        d_model=40,
-        d_kv=12,
-        d_ff=56,
-        num_heads=5,
-        **settings | {"decoder_start_token_id": 0, "eos_token_id": END_OF_TEXT} | T5_VARIANTS[name] | changes,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 40,
+        "d_kv": 12,
+        "d_ff": 56,
+        "num_heads": 5,
+        "num_layers": 2,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "decoder_start_token_id": 0,
+        "eos_token_id": END_OF_TEXT,
+    }
+    config = T5Config(**settings | T5_VARIANTS[name] | changes)
     torch.manual_seed(seed)
     model = T5ForConditionalGeneration(config).eval()
     if not config.scale_decoder_outputs:
