@@ -65,7 +65,7 @@ def test_a_text_in_parts_over_one_cache(pair):
         source = {"input_ids": IDS} if cache is None else {"encoder_outputs": (states,)} if stop == 5 else {}
         output = engine(
             **source,
-            attention_mask=MASK if source else None,
+            attention_mask=MASK,
             decoder_input_ids=TARGETS[:, start:stop],
             decoder_attention_mask=TARGET_MASK[:, :stop],
             past_key_values=cache,
@@ -303,12 +303,16 @@ def test_more_that_generate_refuses(pair):
 def test_a_cache_of_other_sources_is_refused(pair):
     engine = pair("t5")[1]
     cache = engine(IDS, MASK, TARGETS).past_key_values
+    grown = engine(IDS, MASK, torch.cat((TARGETS, TARGETS[:, :1]), dim=1))
     for ids, mask in ((IDS, None), (IDS[:, :20], None), (IDS[:, 1:], MASK[:, 1:])):
         with pytest.raises(InvalidRequestError, match="The cache has keys and values of other sources"):
             engine(ids, mask, TARGETS, past_key_values=cache)
         with pytest.raises(InvalidRequestError, match="The cache has keys and values of other sources"):
             engine.generate(ids, mask, decoder_input_ids=TARGETS, past_key_values=cache, max_new_tokens=3)
+    with pytest.raises(InvalidRequestError, match="The cache has keys and values of other sources"):
+        engine(attention_mask=torch.ones_like(MASK), decoder_input_ids=TARGETS[:, :1], past_key_values=cache)
     cache.validate()
+    near(engine(decoder_input_ids=TARGETS[:, :1], past_key_values=cache).logits, grown.logits[:, -1:])
 
 
 def test_source_and_text_together_are_bounded():

@@ -126,6 +126,9 @@ class EncoderDecoder(GeneratingKind):
             texts, packed = self._reader.read(input_ids, mask)
             states, real = texts.padded(packed), texts.real
         elif cache.source_lens:
+            if mask is not None:
+                rows, columns = cache.source_mask.shape
+                check_sources(real_tokens(mask, (rows, columns)), cache)
             return None
         else:
             raise InvalidRequestError(
