@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from headrace.errors import InvalidRequestError, ModelFilesError, UnsupportedModelError
+from headrace.kernels.policies import find_policy
 from headrace.workers.inference import init_inference
 from tests.inference.batches import padded
 from tests.support.tiny_encoders import TASKS, make_encoder
@@ -141,6 +143,15 @@ def test_what_cannot_be_honoured_is_refused(pair, arguments, says):
 def test_tasks_write_nothing(pair):
     with pytest.raises(UnsupportedModelError, match="BertForQuestionAnswering is an encoder"):
         pair("bert-QuestionAnswering")[1].generate(IDS)
+
+
+def test_a_class_that_transformers_does_not_have(tmp_path):
+    make_encoder("bert-TokenClassification").save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("BertForTokenClassification", "BertForTokenGuessing"))
+    policy = dataclasses.replace(find_policy("BertModel"), tasks=("BertForTokenGuessing",))
+    with pytest.raises(UnsupportedModelError, match=r"transformers \S+ has no class BertForTokenGuessing"):
+        init_inference(tmp_path, device="cpu", policy=policy)
 
 
 def test_a_folder_without_the_head(tmp_path):
