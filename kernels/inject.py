@@ -1,5 +1,8 @@
 """Puts weights into a Model as a policy says: out of a checkpoint's files, or out of a live module, which loses them.
 
+With the model goes what is left to transformers, the head of a task: a module of its class whose parameters have the
+names that they have in files.
+
 A module's tensors are moved one at a time, each freed before the next is taken, so that model and module are never both
 in memory. Whether all of them are there and fit is checked first, on shapes alone: a module that cannot be injected
 keeps its weights.
@@ -7,8 +10,8 @@ keeps its weights.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -17,10 +20,11 @@ from torch import Tensor, nn
 
 from headrace.errors import ModelError, ModelFilesError, UnsupportedModelError
 from headrace.kernels.model import Model
+from headrace.kernels.module_weights import ModuleWeights
 from headrace.kernels.policies.base import Layout, Policy, Source
 from headrace.kernels.spec import ModelSpec
 
-__all__ = ["Filler", "Injected", "Weights", "inject", "quantization_of"]
+__all__ = ["Filler", "Injected", "Weights", "all_parameters", "config_of", "inject", "own_spec"]
 
 # What checkpoints hold beyond the weights: tables that can be computed, and the embedding once more.
 _COMPUTED = (".inv_freq", ".attn.bias", ".masked_bias", ".attention.bias", ".position_ids")
@@ -28,6 +32,8 @@ _COPIES = ("lm_head.weight", "decoder.weight", "decoder.bias", ".embed_tokens.we
 # What weights are stored in that are not quantized, and names by which quantized ones go.
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PACKED = ("qweight", "weight_packed")
+
+_TASK = "task."  # stands before the names of a task's parameters
 
 
 class Weights(Protocol):
@@ -51,15 +57,21 @@ class Weights(Protocol):
         """The tensor of that name."""
         ...
 
+    def same(self, first: str, second: str) -> bool:
+        """Whether two names mean one tensor."""
+        ...
+
 
 class Filler:
-    """Fills parameters of a Model from named tensors."""
+    """Fills parameters of a Model, and of a task's head, from named tensors."""
 
-    def __init__(self, weights: Weights, policy: Policy, spec: ModelSpec) -> None:
+    def __init__(self, weights: Weights, policy: Policy, spec: ModelSpec, task: nn.Module | None = None) -> None:
         self._weights = weights
         self._policy = policy
         self._spec = spec
         self._sources = dict(policy.sources(spec))
+        if task is not None:
+            self._sources |= {f"{_TASK}{name}": Source((name,)) for name, _ in task.named_parameters()}
         self._used: set[str] = set()
 
     def fill(self, parameter_name: str, parameter: Tensor) -> None:
@@ -182,12 +194,26 @@ class Injected:
     unused: tuple[str, ...]
 
 
+def config_of(module: nn.Module) -> Any:
+    """The config of a Hugging Face module, naming the module's class as those of checkpoints do."""
+    config: Any = copy.copy(module.config)
+    config.architectures = [type(module).__name__]
+    return config
+
+
+def all_parameters(model: Model, task: nn.Module | None) -> dict[str, nn.Parameter]:
+    """What a Filler can fill, by name."""
+    own = {} if task is None else {f"{_TASK}{name}": parameter for name, parameter in task.named_parameters()}
+    return dict(model.named_parameters()) | own
+
+
 def inject(
     module: nn.Module,
     policy: Policy,
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    task: nn.Module | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Injected:
     """Move the weights of a Hugging Face module into a Model; the module is left without any.
@@ -197,39 +223,46 @@ def inject(
         policy: of its family.
         dtype: of the Model.
         device: where the Model goes.
+        task: what of the module is left to transformers, without weights; gets those of the module.
         progress: is told bytes done and bytes in all.
 
     Raises:
         ModelFilesError: a weight is missing or has the wrong shape; the module is unchanged.
         UnsupportedModelError: the family is not covered as it is configured, or the weights are packed.
     """
-    weights = _ModuleWeights(module)
-    spec = _with_own_tie(policy.spec(module.config), policy, weights)
+    weights = ModuleWeights(module)
+    spec = own_spec(policy.spec(config_of(module)), policy, weights, task)
     model = Model(spec, dtype=dtype, device="meta")
-    parameters = dict(model.named_parameters())
-    weights.rehearse(lambda: _fill_all(Filler(weights, policy, spec), parameters))
+    parameters = all_parameters(model, task)
+    weights.rehearse(lambda: _fill_all(Filler(weights, policy, spec, task), parameters))
 
-    filler = Filler(weights, policy, spec)
-    total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
+    filler = Filler(weights, policy, spec, task)
+    total, done = sum(blank.numel() * dtype.itemsize for blank in parameters.values()), 0
     for name, blank in parameters.items():
         parameter = nn.Parameter(torch.empty(blank.shape, dtype=dtype, device=device), requires_grad=False)
         filler.fill(name, parameter)
-        _replace(model, blank, parameter)
+        for part in (model, task):
+            if part is not None:
+                _replace(part, blank, parameter)
         done += parameter.nbytes
         if progress is not None:
             progress(done, total)
-    unused = tuple(name for name in filler.unused() if name not in weights.taken)
+    unused = tuple(name for name in filler.unused() if not weights.took(name))
     weights.close()
     model.pack()
     return Injected(model, unused)
 
 
-def _with_own_tie(spec: ModelSpec, policy: Policy, weights: _ModuleWeights) -> ModelSpec:
-    """The spec with a head that is tied exactly if the module's is, whatever its config says."""
-    if spec.head is None:
-        return spec
+def own_spec(spec: ModelSpec, policy: Policy, weights: Weights, task: nn.Module | None = None) -> ModelSpec:
+    """The spec as its weights are, whatever their config says: with a head that is tied exactly if theirs is, and
+    without a pooler that they do not have, unless a task needs it."""
     filler = Filler(weights, policy, spec)
     sources = dict(policy.sources(spec))
+    if spec.pooler and task is None and "pooler.weight" in sources:
+        found = filler.find(sources["pooler.weight"].tensors[0], required=False)
+        spec = dataclasses.replace(spec, pooler=found is not None)
+    if spec.head is None:
+        return spec
     try:
         places = [str(filler.find(sources[name].tensors[0])) for name in ("embedding.weight", "head.weight")]
     except (KeyError, ModelFilesError):  # one of them does not exist, so there is nothing to compare
@@ -248,145 +281,3 @@ def _replace(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter is old:
                 setattr(module, name, new)
-
-
-class _ModuleWeights:
-    """The tensors of a live module under the names of its checkpoints; each is freed when it was read for the last
-    time.
-
-    transformers names and groups some weights otherwise in memory than in files (the experts of a layer are one
-    tensor); what a policy asks for and the module does not have is looked for among what it would save.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.architecture = type(module).__name__
-        self.place = f"The {self.architecture}"
-        self.advice = "Load the model anew, or correct the policy."
-        self._module = module
-        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        stored = set(module.state_dict(keep_vars=True))
-        self._names = [name for name, _ in named if name in stored]
-        self._check({name: tensor for name, tensor in named if name in stored})
-        self._storage = {name: tensor.data_ptr() for name, tensor in named if name in stored}
-        self._saved: dict[str, str] | None = None
-        self._opened: dict[str, dict[str, Tensor]] = {}
-        self._rehearsing = False
-        self._uses: Counter[int] = Counter()
-        self.taken: set[str] = set()  # its own names of what was read
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __contains__(self, name: object, /) -> bool:
-        return name in self._storage or name in self._saved_names()
-
-    def same(self, first: str, second: str) -> bool:
-        """Whether two names mean the same memory."""
-        return self._storage.get(self._home(first)) == self._storage.get(self._home(second))
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, or its shape while rehearsing."""
-        home = self._home(name)
-        storage = self._storage[home]
-        if self._rehearsing:
-            self._uses[storage] += 1
-            return self._open(name, home, torch.empty_like(self._tensor(home), device="meta"))
-        tensor = self._open(name, home, self._tensor(home))
-        self.taken.add(home)
-        self._uses[storage] -= 1
-        if not self._uses[storage]:
-            self._free(storage)
-        return tensor
-
-    def rehearse(self, work: Callable[[], None]) -> None:
-        """Do something with shapes only, and count how often each tensor is read."""
-        self._rehearsing = True
-        try:
-            work()
-        finally:
-            self._rehearsing = False
-            self._opened.clear()
-
-    def close(self) -> None:
-        """Free what nobody wanted, and let the module say where its weights are."""
-        self._module.to("meta")
-        self._module.register_forward_pre_hook(_moved)
-
-    def _home(self, name: str) -> str:
-        """The module's own name of a tensor, or of the one that holds it."""
-        return name if name in self._storage else self._saved_names()[name]
-
-    def _tensor(self, name: str) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
-        tensor: Tensor = getattr(self._module.get_submodule(owner), leaf)
-        return tensor.detach()
-
-    def _open(self, name: str, home: str, tensor: Tensor) -> Tensor:
-        """What is saved as `name` of a tensor of the module."""
-        if name == home:
-            return tensor
-        if home not in self._opened:
-            self._opened[home] = _as_saved(self._module, {home: tensor})
-        return self._opened[home][name]
-
-    def _free(self, storage: int) -> None:
-        for name in [name for name, place in self._storage.items() if place == storage]:
-            self._opened.pop(name, None)
-            owner, _, leaf = name.rpartition(".")
-            module = self._module.get_submodule(owner)
-            blank = torch.empty_like(getattr(module, leaf), device="meta")
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(blank, requires_grad=False)
-            else:
-                module._buffers[leaf] = blank
-
-    def _saved_names(self) -> dict[str, str]:
-        """Names of what would be saved and is not among the module's own, and where each comes from."""
-        if self._saved is None:
-            blank = {name: torch.empty_like(self._tensor(name), device="meta") for name in self._names}
-            saved = _as_saved(self._module, blank)
-            changed = [name for name in self._names if name not in saved]
-            self._saved = {new: name for name in changed for new in _as_saved(self._module, {name: blank[name]})}
-        return self._saved
-
-    def _check(self, tensors: dict[str, Tensor]) -> None:
-        if (method := quantization_of(self._module.config)) is not None:
-            raise UnsupportedModelError(
-                f"{self.place} is quantized ({method}), which is not supported. Load it without quantization.",
-                param="model",
-            )
-        for name, tensor in tensors.items():
-            if tensor.is_meta:
-                raise ModelFilesError(
-                    f"{self.place} has no weights: {name} is on the meta device. Its weights were never loaded, are "
-                    "offloaded, or were moved into an engine before. Load the model anew.",
-                    param="model",
-                )
-
-
-def quantization_of(config: Any) -> str | None:
-    """How a checkpoint's weights are quantized, None if they are plain numbers."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return str(getattr(method, "value", method) or "quantization_config")
-
-
-def _as_saved(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names and in the pieces in which transformers saves them."""
-    from transformers import PreTrainedModel
-    from transformers.core_model_loading import revert_weight_conversion
-
-    if not isinstance(module, PreTrainedModel):
-        return tensors
-    saved: dict[str, Tensor] = revert_weight_conversion(module, tensors)
-    return saved
-
-
-def _moved(module: nn.Module, args: Any) -> None:
-    raise UnsupportedModelError(
-        f"The weights of this {type(module).__name__} were moved into an engine by init_inference; call that one, or "
-        "load the model anew.",
-        param="model",
-    )

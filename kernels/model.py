@@ -114,12 +114,20 @@ class Model(nn.Module):
 
     def encode(self, batch: Batch, cache: KVCache) -> None:
         """Read sources with the encoder, and put what the decoder's layers see of them into the batch's slots."""
+        self.remember(self.encoded(batch), batch.slots, cache)
+
+    def encoded(self, batch: Batch) -> Tensor:
+        """The encoder's states [T, hidden] of sources."""
         assert self.encoder is not None, "the model has no encoder"
-        states = self.encoder(self.embedding(batch.token_ids), batch)
+        states: Tensor = self.encoder(self.embedding(batch.token_ids), batch)
+        return states
+
+    def remember(self, states: Tensor, slots: Tensor, cache: KVCache) -> None:
+        """Put what the decoder's layers see of an encoder's states [T, hidden] into slots [T]."""
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             assert block.cross is not None
-            block.cross.remember(states, batch.slots, cache.layer(index))
+            block.cross.remember(states, slots, cache.layer(index))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [N, vocab] of last hidden states [N, hidden]."""

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from headrace.errors import ConfigError, ModelFilesError, ModelNotFoundError, UnsupportedModelError
-from headrace.kernels.inject import quantization_of
+from headrace.kernels.module_weights import quantization_of
 from headrace.kernels.policies import find_policy
 from headrace.kernels.policies.base import Policy
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from headrace.errors import UnsupportedModelError
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
 from headrace.workers.describe import describe
@@ -36,6 +37,12 @@ def load_engine(
         ConfigError: a setting does not fit the model.
     """
     checkpoint = Checkpoint(folder)
+    if checkpoint.architecture in checkpoint.policy.tasks:
+        raise UnsupportedModelError(
+            f"{str(folder)!r} holds a {checkpoint.architecture}, whose head is not served: a pool makes vectors and "
+            "fills masks. Use headrace.init_inference for it, or serve the model without its head.",
+            param="model",
+        )
     spec = checkpoint.policy.spec(checkpoint.config)
     card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
     # Asked before the weights are read: who says what an answer begins with is seen at once.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from headrace.kernels.inject import Filler, Injected
+from headrace.kernels.inject import Filler, Injected, all_parameters, own_spec
 from headrace.kernels.model import Model
 from headrace.kernels.policies import POLICIES
 from headrace.workers.checkpoint import Checkpoint
@@ -49,16 +49,23 @@ def load_model(
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, *, dtype: str, device: torch.device | str, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    device: torch.device | str,
+    task: nn.Module | None = None,
+    progress: Progress | None = None,
 ) -> Injected:
-    """As `load_model`; tells what the checkpoint holds beyond the model, too."""
-    spec = checkpoint.policy.spec(checkpoint.config)
-    model = Model(spec, dtype=checkpoint.dtype(dtype), device=device)
-    parameters = dict(model.named_parameters())
-    total = sum(parameter.nbytes for parameter in parameters.values())
-    done = 0
+    """As `load_model`; fills also what is left to transformers, and tells what the checkpoint holds beyond."""
+    policy = checkpoint.policy
     with _Files(checkpoint) as files:
-        filler = Filler(files, checkpoint.policy, spec)
+        spec = own_spec(policy.spec(checkpoint.config), policy, files, task)
+        model = Model(spec, dtype=checkpoint.dtype(dtype), device=device)
+        if task is not None:
+            task.to(checkpoint.dtype(dtype)).to_empty(device=device).requires_grad_(False)
+        parameters = all_parameters(model, task)
+        total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
+        filler = Filler(files, policy, spec, task)
         for name, parameter in parameters.items():
             filler.fill(name, parameter)
             done += parameter.nbytes
@@ -96,3 +103,9 @@ class _Files(contextlib.ExitStack):
             self._open[path] = self.enter_context(self._checkpoint.open(path))
         tensor: Tensor = self._open[path].get_tensor(name)
         return tensor
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two names mean one tensor: files may hold it twice."""
+        one, other = self.read(first), self.read(second)
+        # The first rows tell most of those that differ, so that large ones are not read for it.
+        return torch.equal(one[:1], other[:1]) and torch.equal(one, other)

@@ -13,7 +13,7 @@ from headrace.kernels.policies.gemma import GEMMA2, GEMMA3
 from headrace.kernels.policies.gpt import GPT2, GPT_NEOX, GPTJ
 from headrace.kernels.policies.llama import LLAMA, MISTRAL, MIXTRAL, PHI3, QWEN2, QWEN3
 from headrace.kernels.policies.opt import OPT
-from headrace.kernels.policies.t5 import T5
+from headrace.kernels.policies.t5 import T5, T5_ENCODER
 
 __all__ = ["POLICIES", "find_policy"]
 
@@ -35,6 +35,7 @@ POLICIES = (
     QWEN3,
     ROBERTA,
     T5,
+    T5_ENCODER,
 )
 
 
@@ -44,7 +45,7 @@ def find_policy(architecture: str) -> Policy:
     Raises:
         UnsupportedModelError: there is none; names the nearest.
     """
-    by_name = {name: policy for policy in POLICIES for name in policy.architectures}
+    by_name = {name: policy for policy in POLICIES for name in policy.classes}
     if architecture in by_name:
         return by_name[architecture]
     near = difflib.get_close_matches(architecture, by_name, n=1, cutoff=0.0)[0]

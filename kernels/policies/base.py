@@ -44,8 +44,11 @@ class Policy:
     Attributes:
         family: its name, as transformers calls the model type.
         architectures: Hugging Face class names that it covers.
-        spec: makes the ModelSpec of a transformers config; raises UnsupportedModelError for what we do not compute,
-            and ModelFilesError where it was given code that raises anything else.
+        tasks: likewise, of classes that put a small head of their own on the model. The head stays as transformers
+            wrote it; it has parameters, but no buffers.
+        spec: makes the ModelSpec of a transformers config, whose `architectures` names the class; raises
+            UnsupportedModelError for what we do not compute, and ModelFilesError where it was given code that raises
+            anything else.
         weights: parameter -> Source. `{layer}` and `{expert}` stand for numbers.
         prefix: what some checkpoints leave out at the beginning of all names but the head's.
     """
@@ -55,6 +58,12 @@ class Policy:
     spec: Callable[[Any], ModelSpec]
     weights: Mapping[str, Source]
     prefix: str = ""
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """All Hugging Face class names, with and without heads of their own."""
+        return self.architectures + self.tasks
 
     def sources(self, spec: ModelSpec) -> Iterator[tuple[str, Source]]:
         """Parameters that a model of this family may have, and where they come from."""

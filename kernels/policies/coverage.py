@@ -107,6 +107,10 @@ def _overview(families: list[tuple[Policy, Examples]]) -> Iterator[str]:
     yield _table(["family", "", "norms", *_FEATURES], rows)
 
 
+def _names(classes: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in classes)
+
+
 def _mark(found: list[bool]) -> str:
     return "●" if all(found) else "○" if any(found) else ""
 
@@ -160,7 +164,9 @@ def _sentence(documented: object) -> str:
 
 def _family(policy: Policy, cases: Examples) -> Iterator[str]:
     yield f"### {policy.family}\n"
-    yield f"{', '.join(f'`{name}`' for name in policy.architectures)}\n"
+    yield f"{_names(policy.architectures)}\n"
+    if policy.tasks:
+        yield f"The library alone, with the head as transformers computes it: {_names(policy.tasks)}\n"
     columns = [_slots(policy, policy.spec(config), config) for config in cases.covered.values()]
     slots = [slot for slot in columns[0] if any(column[slot] for column in columns)]
     yield _table(["", *cases.covered], ([slot, *(column[slot] for column in columns)] for slot in slots))

@@ -294,4 +294,5 @@ def _with_encoders() -> dict[str, Examples]:
             },
             refused=(T5Config(feed_forward_proj="mish"),),
         ),
+        "t5-encoder": Examples(covered={"T5 small, encoder alone": T5Config()}, refused=()),
     }

@@ -1,4 +1,7 @@
-"""T5: v1.0 with relu, v1.1 and Flan with a gate; an encoder reads the prompt, a decoder writes the answer."""
+"""T5: v1.0 with relu, v1.1 and Flan with a gate; an encoder reads the prompt, a decoder writes the answer.
+
+The encoder is also a model of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,15 @@ from headrace.kernels.spec import (
     RelativeBias,
 )
 
-__all__ = ["T5"]
+__all__ = ["T5", "T5_ENCODER"]
 
 _LENGTH = 4096  # relative positions have no longest text; the trained 512 is no limit
 
 
-def _spec(config: Any) -> ModelSpec:
-    norm = NormSpec(kind="rms", eps=config.layer_norm_epsilon)
+def _layer(config: Any, *, decoder: bool) -> LayerSpec:
     relative = RelativeBias(
         num_buckets=config.relative_attention_num_buckets, max_distance=config.relative_attention_max_distance
     )
-    mlp = MLPSpec(size=config.d_ff, activation=activation(config.dense_act_fn), gated=config.is_gated_act)
 
     def attention(*, causal: bool, relative: RelativeBias | None) -> AttentionSpec:
         # Scores are not scaled; that is in the initialization of the queries.
@@ -40,30 +41,47 @@ def _spec(config: Any) -> ModelSpec:
             relative=relative,
         )
 
-    def layer(*, decoder: bool) -> LayerSpec:
-        return LayerSpec(
-            placement="pre",
-            norm=norm,
-            attention=attention(causal=decoder, relative=relative),
-            cross=attention(causal=False, relative=None) if decoder else None,
-            mlp=mlp,
-        )
+    return LayerSpec(
+        placement="pre",
+        norm=_norm(config),
+        attention=attention(causal=decoder, relative=relative),
+        cross=attention(causal=False, relative=None) if decoder else None,
+        mlp=MLPSpec(size=config.d_ff, activation=activation(config.dense_act_fn), gated=config.is_gated_act),
+    )
 
+
+def _norm(config: Any) -> NormSpec:
+    return NormSpec(kind="rms", eps=config.layer_norm_epsilon)
+
+
+def _spec(config: Any) -> ModelSpec:
     return ModelSpec(
         vocab_size=config.vocab_size,
         hidden_size=config.d_model,
-        layers=(layer(decoder=True),) * config.num_decoder_layers,
+        layers=(_layer(config, decoder=True),) * config.num_decoder_layers,
         embedding=EmbeddingSpec(size=config.d_model),
-        final_norm=norm,
+        final_norm=_norm(config),
         head=HeadSpec(
             tied=config.tie_word_embeddings, scale=config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
         ),
         max_positions=_LENGTH,
         encoder=EncoderSpec(
-            layers=(layer(decoder=False),) * config.num_layers,
-            final_norm=norm,
+            layers=(_layer(config, decoder=False),) * config.num_layers,
+            final_norm=_norm(config),
             start_token=getattr(config, "decoder_start_token_id", None),
         ),
+    )
+
+
+def _encoder_spec(config: Any) -> ModelSpec:
+    return ModelSpec(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        layers=(_layer(config, decoder=False),) * config.num_layers,
+        embedding=EmbeddingSpec(size=config.d_model),
+        final_norm=_norm(config),
+        head=None,
+        max_positions=_LENGTH,
     )
 
 
@@ -102,4 +120,10 @@ T5 = Policy(
         "blocks.{layer}.cross.out.weight": stack(f"{_CROSS}.EncDecAttention.o.weight"),
         "head.weight": stack("lm_head.weight"),
     },
+)
+T5_ENCODER = Policy(
+    family="t5-encoder",
+    architectures=("T5EncoderModel",),
+    spec=_encoder_spec,
+    weights={"embedding.weight": stack("shared.weight"), **_stack("encoder", "", 1)},
 )

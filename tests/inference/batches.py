@@ -8,10 +8,12 @@ from torch import Tensor
 __all__ = ["padded", "positions_of"]
 
 
-def padded(lens: list[int], *, side: str = "left", seed: int = 1, spare: int = 0) -> tuple[Tensor, Tensor]:
+def padded(
+    lens: list[int], *, side: str = "left", seed: int = 1, spare: int = 0, vocab: int = 250
+) -> tuple[Tensor, Tensor]:
     """Token ids and mask of texts of these lengths; `spare` more columns are padding in every row."""
     columns = max(lens) + spare
-    ids = torch.randint(0, 250, (len(lens), columns), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(0, vocab, (len(lens), columns), generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(len(lens), columns, dtype=torch.long)
     for row, length in enumerate(lens):
         if side == "left":

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from headrace.workers.inference import init_inference
-from tests.support.tiny_models import make_model, save_model
+from tests.support.tiny_encoders import make_any
+from tests.support.tiny_models import save_model
 
 
 @functools.cache
 def _pair(name):
-    reference = make_model(name)
+    reference = make_any(name)
     if getattr(reference.config, "attn_logit_softcapping", None):
         reference.set_attn_implementation("eager")  # older transformers leave the cap out of the fused one
     return reference, init_inference(copy.deepcopy(reference), device="cpu")

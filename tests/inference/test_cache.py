@@ -1,4 +1,5 @@
-"""PagedCache: rows that share blocks, are reordered, repeated and cropped, against one that keeps every row apart."""
+"""PagedCache: rows that share blocks, are reordered, repeated and cropped, with and without sources, against one that
+keeps every row apart."""
 
 from __future__ import annotations
 
@@ -35,30 +36,42 @@ class Rows:
         self.cache = PagedCache(SPEC, dtype=torch.float64, device=torch.device("cpu"), expected_tokens=expected_tokens)
         self.rows: list[list[float]] = []
         self.columns: list[list[bool]] = []
+        self.sources: list[list[float]] = []
         self.next = 1.0
+
+    def add_sources(self, mask):
+        kv = self.cache.add_sources(torch.tensor(mask, dtype=torch.bool))
+        self.rows, self.columns = [[] for _ in mask], [[] for _ in mask]
+        self.sources = [[] for _ in mask]
+        for row, columns in enumerate(mask):
+            for _ in range(sum(columns)):
+                self.write(kv, self.cache.source_tables[row], self.sources[row])
+        self.check()
+
+    def write(self, kv, table, numbers):
+        slot = table[len(numbers) // BLOCK_SIZE] * BLOCK_SIZE + len(numbers) % BLOCK_SIZE
+        for layer in range(2):
+            keys, values = kv.layer(layer)
+            keys[slot], values[slot] = self.next + layer / 4, -self.next - layer / 4
+        numbers.append(self.next)
+        self.next += 1
 
     def extend(self, mask):
         self.rows = self.rows or [[] for _ in mask]
         self.columns = self.columns or [[] for _ in mask]
         kv = self.cache.extend(torch.tensor(mask, dtype=torch.bool))
         for row, new in enumerate(mask):
-            table = self.cache.tables[row]
             for real in new:
                 self.columns[row].append(real)
                 if real:
-                    position = len(self.rows[row])
-                    slot = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-                    for layer in range(2):
-                        keys, values = kv.layer(layer)
-                        keys[slot], values[slot] = self.next + layer / 4, -self.next - layer / 4
-                    self.rows[row].append(self.next)
-                    self.next += 1
+                    self.write(kv, self.cache.tables[row], self.rows[row])
         self.check()
 
     def select(self, indices):
         self.cache.batch_select_indices(torch.tensor(indices))
         self.rows = [list(self.rows[index]) for index in indices]
         self.columns = [list(self.columns[index]) for index in indices]
+        self.sources = [list(self.sources[index]) for index in indices] if self.sources else []
         self.check()
 
     def crop(self, count):
@@ -71,15 +84,18 @@ class Rows:
     def check(self):
         self.cache.validate()
         assert self.cache.get_seq_length() == (len(self.columns[0]) if self.columns else 0)
-        for row, expected in enumerate(self.rows):
-            slots = [
-                self.cache.tables[row][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-                for position in range(len(expected))
-            ]
-            for layer in range(2):
-                keys, values = self.cache.kv.layer(layer)
-                assert (keys[slots, 0, 0] - layer / 4).tolist() == expected
-                assert (-values[slots, 0, 0] - layer / 4).tolist() == expected
+        assert self.cache.source_lens == [len(source) for source in self.sources]
+        for numbers, tables in ((self.rows, self.cache.tables), (self.sources, self.cache.source_tables)):
+            for expected, table in zip(numbers, tables, strict=True):
+                slots = [
+                    table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+                    for position in range(len(expected))
+                ]
+                for layer in range(2):
+                    if expected:
+                        keys, values = self.cache.kv.layer(layer)
+                        assert (keys[slots, 0, 0] - layer / 4).tolist() == expected
+                        assert (-values[slots, 0, 0] - layer / 4).tolist() == expected
 
 
 def texts(*lens):
@@ -162,11 +178,43 @@ def test_what_transformers_asks_for():
         cache.update(torch.zeros(1), torch.zeros(1), 0)
 
 
+def test_copies_of_a_row_share_its_source():
+    rows = Rows()
+    rows.add_sources(texts(BLOCK_SIZE + 5, 3))
+    assert rows.cache.num_held == 2 + 1
+    rows.cache.batch_repeat_interleave(3)
+    rows.cache.validate()
+    assert rows.cache.source_lens == [BLOCK_SIZE + 5] * 3 + [3] * 3
+    assert rows.cache.num_held == 2 + 1
+    rows.cache.extend(torch.ones(6, 1, dtype=torch.bool))
+    assert rows.cache.num_held == 2 + 1 + 6
+    rows.cache.batch_select_indices(torch.tensor([0, 1]))
+    rows.cache.validate()
+    assert rows.cache.num_held == 2 + 2
+
+
+def test_sources_outlive_the_text():
+    rows = Rows(expected_tokens=40)
+    rows.add_sources(texts(20, 7))
+    tensor = rows.cache.kv
+    rows.extend(texts(40, 12))
+    assert rows.cache.kv is tensor  # there was memory for sources and texts at once
+    rows.crop(40)
+    assert rows.cache.lens == [0, 0]
+    rows.extend(texts(3, 3))
+    rows.cache.reset()
+    assert (rows.cache.source_lens, rows.cache.num_held) == ([], 0)
+    rows.cache.validate()
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_history(data):
     rows = Rows(data.draw(st.sampled_from([None, 1, 40])))
     count = data.draw(st.integers(1, 3))
+    if data.draw(st.booleans()):
+        columns = data.draw(st.integers(1, 2 * BLOCK_SIZE + 1))
+        rows.add_sources([data.draw(st.lists(st.booleans(), min_size=columns, max_size=columns)) for _ in range(count)])
     for _ in range(data.draw(st.integers(1, 8))):
         action = data.draw(st.sampled_from(["extend", "extend", "select", "crop"])) if rows.rows else "extend"
         if action == "extend":

@@ -139,7 +139,7 @@ def test_manual_injection(names):
 def test_what_is_supported(capsys):
     print(headrace.InferenceEngine.supported_models)
     shown = capsys.readouterr().out
-    for family in ("gpt2", "gptj", "gpt_neox", "opt", "bloom", "llama", "falcon"):
+    for family in ("gpt2", "gptj", "gpt_neox", "opt", "bloom", "llama", "falcon", "bert", "t5"):
         assert f"'{family}'" in shown
 
 

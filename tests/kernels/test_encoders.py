@@ -7,7 +7,7 @@ import torch
 
 from headrace.workers.loader import load_model
 from tests.support.batches import make_batch
-from tests.support.tiny_models import ENCODERS, save_encoder
+from tests.support.tiny_encoders import ENCODERS, save_encoder
 
 TEXTS = (5, 1, 31, 12)
 

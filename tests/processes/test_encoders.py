@@ -10,7 +10,7 @@ import torch
 from headrace.workers.config import EngineConfig
 from headrace.workers.group import GroupSpec
 from tests.support.children import wait_until
-from tests.support.tiny_models import save_encoder
+from tests.support.tiny_encoders import save_encoder
 from tests.support.tiny_tokenizer import MASK
 
 CONFIG = EngineConfig(dtype="float32", max_batch_tokens=128)

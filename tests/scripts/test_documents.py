@@ -47,7 +47,7 @@ def pool(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     """The runtime folder of a tiny encoder."""
-    from tests.support.tiny_models import save_encoder
+    from tests.support.tiny_encoders import save_encoder
 
     folder = tmp_path_factory.mktemp("documents") / "tiny"
     folder.mkdir()

@@ -14,15 +14,13 @@ import torch
 
 from tests.support.tiny_tokenizer import (
     CHAT_TEMPLATE,
-    ENCODER_VOCAB_SIZE,
     END_OF_TEXT,
     IM_END,
     VOCAB_SIZE,
-    encoder_tokenizer_json,
     tiny_tokenizer_json,
 )
 
-__all__ = ["ENCODERS", "FAMILIES", "T5_VARIANTS", "make_model", "save_encoder", "save_model", "save_t5"]
+__all__ = ["FAMILIES", "T5_VARIANTS", "make_model", "make_t5", "save_model", "save_t5"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -180,7 +178,8 @@ def save_model(folder: Path, name: str = "qwen2-tied", *, seed: int = 0, shards:
     return model
 
 
-# v1.0; v1.1 and Flan, whose outputs are not scaled; more layers on one side, and an inner size unlike the hidden one.
+# v1.0; v1.1 and Flan, with a head of their own and outputs that are not scaled; more layers on one side, and an inner
+# size unlike the hidden one.
 T5_VARIANTS: dict[str, dict[str, Any]] = {
     "t5": {"feed_forward_proj": "relu"},
     "t5-v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
@@ -188,68 +187,39 @@ T5_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_t5(folder: Path, name: str = "t5", *, seed: int = 0) -> Any:
-    """Write an encoder-decoder with its tokenizer; returns the transformers model for comparison."""
+def make_t5(name: str = "t5", *, seed: int = 0, **changes: Any) -> Any:
+    """An encoder-decoder of transformers in float32."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    settings = {"num_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
-    config = T5Config(
-        vocab_size=VOCAB_SIZE,
-        d_model=40,
-        d_kv=12,
-        d_ff=56,
-        num_heads=5,
-        decoder_start_token_id=0,
-        eos_token_id=END_OF_TEXT,
-        **settings | T5_VARIANTS[name],
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 40,
+        "d_kv": 12,
+        "d_ff": 56,
+        "num_heads": 5,
+        "num_layers": 2,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "decoder_start_token_id": 0,
+        "eos_token_id": END_OF_TEXT,
+    }
+    config = T5Config(**settings | T5_VARIANTS[name] | changes)
     torch.manual_seed(seed)
     model = T5ForConditionalGeneration(config).eval()
+    if not config.scale_decoder_outputs:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "layer_norm" in parameter_name:
                 parameter.normal_(mean=1.0, std=0.2)
             else:  # a small embedding, or a head that is tied to it would only repeat what it reads
                 parameter.normal_(std=1.0 if "relative" in parameter_name else 0.25)
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(tiny_tokenizer_json())
     return model
 
 
-# name -> class of transformers and what is unusual about its config
-ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert": ("BertForMaskedLM", {}),
-    "bert-relu-untied": ("BertForMaskedLM", {"hidden_act": "relu", "tie_word_embeddings": False}),
-    "bert-pooled": ("BertModel", {"type_vocab_size": 3}),
-    "roberta": ("RobertaForMaskedLM", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
-    "roberta-pooled": ("RobertaModel", {"type_vocab_size": 1, "pad_token_id": 1}),
-}
-
-
-def save_encoder(folder: Path, name: str = "bert", *, seed: int = 0, **changes: Any) -> Any:
-    """Write an encoder with its tokenizer; returns the transformers model for comparison."""
-    import transformers
-
-    class_name, differences = ENCODERS[name]
-    model_class = getattr(transformers, class_name)
-    settings = {
-        "vocab_size": ENCODER_VOCAB_SIZE,
-        "hidden_size": 72,
-        "intermediate_size": 100,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "max_position_embeddings": 40,
-        "initializer_range": 0.15,
-    }
-    torch.manual_seed(seed)
-    model = model_class(model_class.config_class(**settings | differences | changes)).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                scale = "LayerNorm.weight" in parameter_name or "layer_norm.weight" in parameter_name
-                parameter.normal_(mean=1.0 if scale else 0.0, std=0.2)
+def save_t5(folder: Path, name: str = "t5", *, seed: int = 0) -> Any:
+    """Write an encoder-decoder with its tokenizer; returns the transformers model for comparison."""
+    model = make_t5(name, seed=seed)
     model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(encoder_tokenizer_json())
-    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
+    (folder / "tokenizer.json").write_bytes(tiny_tokenizer_json())
     return model

@@ -7,12 +7,13 @@ from array import array
 import pytest
 import torch
 
-from headrace.errors import InvalidRequestError, from_wire
+from headrace.errors import InvalidRequestError, UnsupportedModelError, from_wire
 from headrace.messages import Assignment, StreamId, pack_tokens, unpack_tokens
 from headrace.workers.encoder_engine import EncoderEngine
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
-from tests.support.tiny_models import save_encoder, save_model
+from tests.support.tiny_encoders import make_encoder, save_encoder
+from tests.support.tiny_models import save_model
 from tests.support.tiny_tokenizer import CLS, MASK, SEP
 
 TEXTS = ([CLS, 5, 9, SEP], [CLS, SEP], [CLS, *range(3, 33), SEP], [CLS, 40, MASK, 7, MASK, SEP], [CLS, MASK, SEP])
@@ -219,6 +220,13 @@ def test_a_model_that_generates_makes_no_vectors(tmp_path):
     assert engine.card.tasks == ("generate",)
     with pytest.raises(InvalidRequestError, match="cannot embed"):
         engine.add(ask(1, [1, 2]), 0.0)
+
+
+def test_a_model_with_the_head_of_a_task_is_refused_before_its_weights_are_read(tmp_path):
+    make_encoder("bert-SequenceClassification").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UnsupportedModelError, match="BertForSequenceClassification, whose head is not served"):
+        load_engine(tmp_path, EngineConfig())
 
 
 def test_warming_up_leaves_no_trace(pair):

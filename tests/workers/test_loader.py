@@ -87,6 +87,19 @@ def test_tensors_that_nobody_needs_are_told(folder, caplog):
     assert "model.layers.0.extra.weight" in caplog.text
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_tied_as_the_files_have_it(folder, tied):
+    """T5 1.1 and Flan have a head of their own, and a config that says it is the embedding."""
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"] = head if tied else head.flip(0)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = load_model(folder)
+    assert model.spec.head.tied is tied
+    states = torch.randn(3, head.shape[1])
+    torch.testing.assert_close(model.logits(states), states @ tensors["lm_head.weight"].T)
+
+
 # ------------------------------------------------------------------------------------------------------- bad folders
 
 

@@ -8,7 +8,7 @@ from headrace.errors import ModelFilesError, UnsupportedModelError
 from headrace.tasks import PoolingParams
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.pooling import pooling_defaults
-from tests.support.tiny_models import save_encoder
+from tests.support.tiny_encoders import save_encoder
 
 _TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
 _POOLING = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}

@@ -2,6 +2,7 @@
 
 Columns are tokens as the caller counts them, padding included; only real ones have keys and values. Rows share the
 blocks of what they have in common (beams, copies of a prompt): a block is copied when one of its holders writes to it.
+A row of an encoder-decoder also has a source, in blocks that are written once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ class PagedCache(Cache):  # type: ignore[misc]
         lens: real tokens of each row.
         mask: [rows, columns] bool on the host, which columns are real.
         tables: blocks of each row, in order.
+        source_lens: real tokens of each row's source; empty if there are no sources.
+        source_mask: [rows, columns] bool on the host, which columns of the sources are real.
+        source_tables: blocks of each row's source, in order.
         kv: the tensors; None until the first tokens come.
     """
 
@@ -48,6 +52,9 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.lens: list[int] = []
         self.tables: list[list[int]] = []
         self.mask = torch.zeros(0, 0, dtype=torch.bool)
+        self.source_lens: list[int] = []
+        self.source_tables: list[list[int]] = []
+        self.source_mask = torch.zeros(0, 0, dtype=torch.bool)
         self._holders: list[int] = []
         self._free: list[int] = []
 
@@ -110,16 +117,15 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named by numbers or by a mask, in that order; a row may be kept several times."""
-        rows = torch.arange(len(self.lens))[indices.to("cpu")]
-        self.mask = self.mask[rows]
-        tables = [list(self.tables[row]) for row in rows.tolist()]
-        for table in tables:
-            for block in table:
-                self._holders[block] += 1
-        for table in self.tables:
-            self._release(table)
-        self.lens = [self.lens[row] for row in rows.tolist()]
-        self.tables = tables
+        chosen = torch.arange(len(self.lens))[indices.to("cpu")]
+        rows: list[int] = chosen.tolist()
+        self.mask = self.mask[chosen]
+        self.lens = [self.lens[row] for row in rows]
+        self.tables = self._chosen(self.tables, rows)
+        if self.source_lens:
+            self.source_mask = self.source_mask[chosen]
+            self.source_lens = [self.source_lens[row] for row in rows]
+            self.source_tables = self._chosen(self.source_tables, rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove so many columns, given as a negative number; a positive one says how many to keep."""
@@ -128,7 +134,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.mask = self.mask[:, : max(0, keep)]
         self.lens = [int(length) for length in self.mask.sum(1)]
         for row, length in enumerate(self.lens):
-            needed = -(-length // BLOCK_SIZE)
+            needed = _num_blocks(length)
             self._release(self.tables[row][needed:])
             del self.tables[row][needed:]
 
@@ -138,6 +144,24 @@ class PagedCache(Cache):  # type: ignore[misc]
     def num_held(self) -> int:
         """Blocks in use."""
         return sum(holders > 0 for holders in self._holders)
+
+    def add_sources(self, real: Tensor) -> KVCache:
+        """Make room for what each row's text is about, before there is any text.
+
+        Args:
+            real: [rows, columns] bool on the host.
+
+        Returns:
+            The tensors to write to, at the slots that `source_tables` name.
+        """
+        assert not self.lens, "sources come first"
+        self._begin(len(real))
+        self.source_mask = real
+        self.source_lens = real.sum(1).tolist()
+        wanted = [_num_blocks(length) for length in self.source_lens]
+        kv = self._with_room(sum(wanted))
+        self.source_tables = [[self._take() for _ in range(count)] for count in wanted]
+        return kv
 
     def extend(self, new: Tensor) -> KVCache:
         """Add columns, and make room for the real tokens among them.
@@ -149,46 +173,58 @@ class PagedCache(Cache):  # type: ignore[misc]
             The tensors to write to, at the slots that `tables` name.
         """
         if not self.lens:
-            self.lens = [0] * len(new)
-            self.tables = [[] for _ in self.lens]
-            self.mask = self.mask.new_zeros(len(new), 0)
+            self._begin(len(new))
         counts: list[int] = new.sum(1).tolist()
-        self._make_room(counts)
+        # Enough also for copies of blocks that are shared.
+        kv = self._with_room(
+            sum(
+                _num_blocks(length + count) - length // BLOCK_SIZE
+                for length, count in zip(self.lens, counts, strict=True)
+            )
+        )
         copies: list[tuple[int, int]] = []
         for row, count in enumerate(counts):
             table, length = self.tables[row], self.lens[row]
             if count and length % BLOCK_SIZE and self._holders[table[-1]] > 1:
                 copies.append((table[-1], self._own_copy(table)))
-            missing = -(-(length + count) // BLOCK_SIZE) - len(table)
+            missing = _num_blocks(length + count) - len(table)
             table += [self._take() for _ in range(missing)]
             self.lens[row] = length + count
         self.mask = torch.cat((self.mask, new), dim=1)
-        assert self.kv is not None
         if copies:
-            self._copy(copies)
-        return self.kv
+            self._copy(copies, kv)
+        return kv
 
     def validate(self) -> None:
         """Assert the invariants; tests call it after every call."""
         counted = [0] * len(self._holders)
-        for table, length, row in zip(self.tables, self.lens, self.mask, strict=True):
-            assert len(table) == -(-length // BLOCK_SIZE), "a row has too many or too few blocks"
-            assert int(row.sum()) == length, "a row's length is not that of its mask"
-            for block in table:
-                counted[block] += 1
+        assert len(self.source_lens) in (0, len(self.lens)), "some rows have a source, others have none"
+        for lens, masks, tables in (
+            (self.lens, self.mask, self.tables),
+            (self.source_lens, self.source_mask, self.source_tables),
+        ):
+            for length, mask, table in zip(lens, masks, tables, strict=True):
+                assert len(table) == _num_blocks(length), "a row has too many or too few blocks"
+                assert int(mask.sum()) == length, "a row's length is not that of its mask"
+                for block in table:
+                    counted[block] += 1
         assert counted == self._holders, "holders differ from the rows' tables"
         assert sorted(self._free) == [block for block, count in enumerate(counted) if not count], "blocks leaked"
 
-    def _make_room(self, counts: list[int]) -> None:
-        """Have enough free blocks for so many more tokens of each row, and for copies of shared ones."""
-        wanted = sum(
-            -(-(length + count) // BLOCK_SIZE) - length // BLOCK_SIZE
-            for length, count in zip(self.lens, counts, strict=True)
+    def _begin(self, rows: int) -> None:
+        """Have so many rows, without a token."""
+        self.lens = [0] * rows
+        self.tables = [[] for _ in self.lens]
+        self.mask = self.mask.new_zeros(rows, 0)
+
+    def _with_room(self, wanted: int) -> KVCache:
+        """The tensors, with so many free blocks."""
+        if self.kv is not None and wanted <= len(self._free):
+            return self.kv
+        per_row = _FIRST_BLOCKS if self._expected_tokens is None else _num_blocks(self._expected_tokens)
+        total = max(
+            2 * len(self._holders), self.num_held + wanted, self._num_source_blocks() + per_row * len(self.lens)
         )
-        if wanted <= len(self._free) and self.kv is not None:
-            return
-        per_row = _FIRST_BLOCKS if self._expected_tokens is None else -(-self._expected_tokens // BLOCK_SIZE)
-        total = max(2 * len(self._holders), self.num_held + wanted, per_row * len(self.lens))
         with torch.inference_mode(False):  # what is made in that mode could not be written to outside of it
             old, self.kv = self.kv, KVCache(self._spec, total, BLOCK_SIZE, self._dtype, self._device)
         if old is not None:
@@ -198,6 +234,20 @@ class PagedCache(Cache):  # type: ignore[misc]
                     new[:used] = was[:used]
         self._free += range(len(self._holders), total)
         self._holders += [0] * (total - len(self._holders))
+        return self.kv
+
+    def _num_source_blocks(self) -> int:
+        return sum(map(_num_blocks, self.source_lens))
+
+    def _chosen(self, tables: list[list[int]], rows: list[int]) -> list[list[int]]:
+        """The tables of chosen rows; what nobody holds any more is free."""
+        chosen = [list(tables[row]) for row in rows]
+        for table in chosen:
+            for block in table:
+                self._holders[block] += 1
+        for table in tables:
+            self._release(table)
+        return chosen
 
     def _take(self) -> int:
         block = self._free.pop()
@@ -216,10 +266,13 @@ class PagedCache(Cache):  # type: ignore[misc]
             if not self._holders[block]:
                 self._free.append(block)
 
-    def _copy(self, pairs: list[tuple[int, int]]) -> None:
-        assert self.kv is not None
+    def _copy(self, pairs: list[tuple[int, int]], kv: KVCache) -> None:
         sources, targets = torch.tensor(pairs, device=self._device).T
         for layer in range(len(self)):
-            for tensor in self.kv.layer(layer):
+            for tensor in kv.layer(layer):
                 blocks = tensor.view(-1, BLOCK_SIZE, *tensor.shape[1:])
                 blocks[targets] = blocks[sources]
+
+
+def _num_blocks(length: int) -> int:
+    return -(-length // BLOCK_SIZE)

@@ -1,7 +1,8 @@
 """One model for one caller: what a Hugging Face model offers, computed by our blocks.
 
 `forward` and `generate` return what transformers returns; `stream` and `generate_many` run on the continuous-batching
-engine that serves the pool. All of them share one copy of the weights.
+engine that serves the pool. All of them share one copy of the weights. What differs between decoders, encoders and
+encoder-decoders is in a class for each kind.
 """
 
 from __future__ import annotations
@@ -13,35 +14,30 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import torch
 from torch import Tensor, nn
 
-from headrace.errors import ConfigError, InvalidRequestError
-from headrace.kernels.kv import KVCache
+from headrace.errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from headrace.kernels.policies import POLICIES
 from headrace.workers.inference.cache import PagedCache
 from headrace.workers.inference.config import InferenceConfig
-from headrace.workers.inference.inputs import check_cache, check_ids, refuse
-from headrace.workers.inference.padded import PaddedModel
+from headrace.workers.inference.decoder import Decoder
+from headrace.workers.inference.encoder import Encoder
+from headrace.workers.inference.encoder_decoder import EncoderDecoder
+from headrace.workers.inference.kind import GeneratingKind, Kind
 from headrace.workers.inference.report import InferenceReport, make_report
-from headrace.workers.inference.shell import CACHE_NAME, Shell, output
+from headrace.workers.inference.shell import CACHE_NAME
 from headrace.workers.inference.sources import Loaded
 from headrace.workers.memory import available_bytes
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-    from headrace.kernels.model import Model
     from headrace.workers.inference.streams import Streams, TextStream, TokenStream
 
 __all__ = ["InferenceEngine", "supported_models"]
 
-_DECODERS = ("ForCausalLM", "LMHeadModel")
-
 
 def supported_models() -> dict[str, tuple[str, ...]]:
     """The families that `init_inference` takes, and the Hugging Face classes of each."""
-    decoders = {
-        policy.family: tuple(name for name in policy.architectures if name.endswith(_DECODERS)) for policy in POLICIES
-    }
-    return {family: names for family, names in decoders.items() if names}
+    return {policy.family: policy.classes for policy in POLICIES}
 
 
 class InferenceEngine:
@@ -64,34 +60,33 @@ class InferenceEngine:
         self.config = loaded.config
         self.max_tokens = settings.max_tokens or loaded.model.spec.max_positions
         self.tokenizer: Any = None
-        padded = PaddedModel(loaded.model, max_tokens=self.max_tokens)
-        self.device, self.dtype = padded.device, padded.dtype
-        _check_memory(padded, settings.min_tokens)
-        self._loaded: Loaded | None = loaded
-        self._shell: Shell | None = Shell(loaded.config, loaded.generation_config, padded)
+        kind = _kind(loaded, self.max_tokens)
+        self.device, self.dtype = kind.device, kind.dtype
+        _check_memory(kind, settings.min_tokens)
+        self._kind: Kind | None = kind
         self._streams: Streams | None = None
         self._starting = threading.Lock()
 
     def __repr__(self) -> str:
-        if self._loaded is None:
+        if self._kind is None:
             return "InferenceEngine(destroyed)"
-        return f"InferenceEngine({self._loaded.architecture}, {self.dtype}, {self.device})\n{self.module}"
+        return f"InferenceEngine({self._kind.loaded.architecture}, {self.dtype}, {self.device})\n{self.module}"
 
     # -------------------------------------------------------------------------------------------------------- the model
 
     @property
-    def module(self) -> Model:
+    def module(self) -> nn.Module:
         """The injected model; print it to see its blocks."""
-        return self._alive().model
+        return self._alive().module
 
     @property
     def generation_config(self) -> GenerationConfig:
         """Defaults of `generate`; may be changed."""
-        return self._living_shell().generation_config
+        return self._generating().shell.generation_config
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
-        self._living_shell().generation_config = value
+        self._generating().shell.generation_config = value
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The weights."""
@@ -102,23 +97,23 @@ class InferenceEngine:
         return self
 
     def can_generate(self) -> bool:
-        """It can; transformers' pipelines ask."""
-        return True
+        """Whether it writes, as decoders and encoder-decoders do; transformers' pipelines ask."""
+        return isinstance(self._alive(), GeneratingKind)
 
     def report(self) -> InferenceReport:
         """What was injected, in which precision, how much memory it takes, and what was left alone."""
-        return make_report(self._alive(), max_tokens=self.max_tokens)
+        return make_report(self._alive())
 
     def new_cache(self) -> PagedCache:
         """An empty cache, to be passed as `past_key_values` to calls that continue each other."""
-        return self._living_shell().padded.new_cache()
+        return self._generating().new_cache()
 
     def destroy(self) -> None:
         """Free the memory of weights and caches; the engine cannot be used afterwards."""
         with self._starting:
             if self._streams is not None:
                 self._streams.close()
-            self._streams = self._shell = self._loaded = None
+            self._streams = self._kind = None
 
     # ------------------------------------------------------------------------------------------- as transformers does
 
@@ -127,47 +122,35 @@ class InferenceEngine:
         return self.forward(*args, **kwargs)
 
     @torch.no_grad()
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: PagedCache | None = None,
-        *,
-        cache: PagedCache | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
-        **others: Any,
-    ) -> Any:
-        """Logits of a padded batch, as transformers' CausalLMOutputWithPast.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's class in transformers returns for the same arguments: logits, states, or what a task gives.
 
-        Padding is not computed: its logits are zero, on whichever side of the text it is.
+        Padding is not computed: what stands for it is zero, on whichever side of the text it is.
 
         Args:
-            input_ids: [B, T].
-            attention_mask: [B, tokens in the cache + T], 1 for a token and 0 for padding; None for no padding.
-            position_ids: those that follow from the mask; there is no need to give them.
-            past_key_values: the cache of an earlier call, which this one continues and adds to.
-            cache: likewise, as newer transformers calls it.
-            use_cache: whether to return a cache; None asks the model's config.
-            logits_to_keep: compute the logits of so many last columns only, or of those named; 0 for all.
-            return_dict: False for a tuple.
-            others: other arguments of transformers' forward, which are refused unless they are None or False.
+            args: as for the model's class, in the same order.
+            kwargs: likewise.
+
+                input_ids: [B, T].
+                attention_mask: [B, tokens in the cache + T], 1 for a token and 0 for padding; None for no padding.
+                position_ids: those that follow from the mask; there is no need to give them.
+                token_type_ids: [B, T], the segment of each token, for encoders.
+                decoder_input_ids: [B, U], what an encoder-decoder has written, from its start token on.
+                decoder_attention_mask: [B, tokens in the cache + U].
+                encoder_outputs: what the encoder made of the source, if it was computed already.
+                past_key_values: the cache of an earlier call, which this one continues and adds to; also by the name
+                    cache.
+                use_cache: whether to return a cache; None asks the model's config.
+                logits_to_keep: compute the logits of so many last columns only, or of those named; 0 for all.
+                return_dict: False for a tuple.
+
+                Others are refused unless they are None or False; those of a task's head go to it.
 
         Raises:
             InvalidRequestError: an argument is wrong or cannot be honoured.
             ContextLengthError: a text gets longer than `max_tokens`.
         """
-        padded = self._living_shell().padded
-        refuse(others)
-        ids = check_ids(input_ids, padded.model.spec.vocab_size)
-        given = past_key_values if cache is None else cache
-        held = padded.new_cache() if given is None else check_cache(given)
-        logits = padded.logits(ids, attention_mask, position_ids, held, logits_to_keep)
-        wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-        result = output(logits, held if wanted or given is not None else None)
-        return result.to_tuple() if return_dict is False else result
+        return self._alive().forward(*args, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """What `model.generate` of transformers returns for the same arguments, by transformers' own loop.
@@ -182,8 +165,9 @@ class InferenceEngine:
         Raises:
             InvalidRequestError: an argument is wrong or cannot be honoured.
             ContextLengthError: prompt and output would get longer than `max_tokens`.
+            UnsupportedModelError: the model is an encoder.
         """
-        shell = self._living_shell()
+        kind = self._generating()
         if "input_ids" in kwargs:
             if inputs is not None:
                 raise InvalidRequestError("The prompt is given twice, as inputs and as input_ids.", param="input_ids")
@@ -191,15 +175,9 @@ class InferenceEngine:
         for name in ("past_key_values", "cache"):
             if name in kwargs:
                 kwargs[CACHE_NAME] = kwargs.pop(name)
-        if inputs is not None:
-            inputs = check_ids(inputs, shell.padded.model.spec.vocab_size).to(self.device)
-            if kwargs.get(CACHE_NAME) is None:
-                shell.padded.check_prompt(inputs, attention_mask, kwargs.pop("position_ids", None))
-        if attention_mask is not None:
-            kwargs["attention_mask"] = attention_mask.to(self.device)
         if isinstance(assistant := kwargs.get("assistant_model"), InferenceEngine):
-            kwargs["assistant_model"] = assistant._living_shell()
-        return shell.generate(inputs, **kwargs)
+            kwargs["assistant_model"] = assistant._generating().shell
+        return kind.generate(inputs, attention_mask, kwargs)
 
     # ----------------------------------------------------------------------------------- many texts, each at its pace
 
@@ -218,9 +196,11 @@ class InferenceEngine:
 
         Raises:
             RequestError: it cannot be served as asked.
+            UnsupportedModelError: the model is an encoder.
         """
         from headrace.workers.inference.streams import TextStream
 
+        self._generating()
         if not isinstance(prompt, str):
             return self._open_streams().open(_ids(prompt), sampling)
         tokenizer = self._need_tokenizer()
@@ -239,29 +219,35 @@ class InferenceEngine:
 
     # -------------------------------------------------------------------------------------------------------- details
 
-    def _alive(self) -> Loaded:
-        if self._loaded is None:
+    def _alive(self) -> Kind:
+        if self._kind is None:
             raise ConfigError("The engine was destroyed; make another one with init_inference.")
-        return self._loaded
+        return self._kind
 
-    def _living_shell(self) -> Shell:
-        self._alive()
-        assert self._shell is not None
-        return self._shell
+    def _generating(self) -> GeneratingKind:
+        kind = self._alive()
+        if not isinstance(kind, GeneratingKind):
+            raise UnsupportedModelError(
+                f"The {kind.loaded.architecture} is an encoder: it reads texts and writes none. Call the engine "
+                "itself, engine(input_ids, attention_mask), for what it makes of a text; to generate, use a model that "
+                "does, such as a LlamaForCausalLM.",
+                param="model",
+            )
+        return kind
 
     def _open_streams(self) -> Streams:
         """The continuous-batching engine, started when first needed: it takes memory for its cache."""
-        from headrace.workers.inference.streams import Streams, start_engine
+        from headrace.workers.inference.streams import Streams
 
-        loaded = self._alive()
+        kind = self._generating()
         with self._starting:
             if self._streams is None:
-                self._streams = Streams(start_engine(loaded, self.generation_config, self.max_tokens))
+                self._streams = Streams(kind.start_engine())
             return self._streams
 
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
-            folder = self._alive().folder
+            folder = self._alive().loaded.folder
             if folder is None:
                 raise ConfigError(
                     "The engine was made of a module, which has no tokenizer; set engine.tokenizer, or give token ids.",
@@ -280,17 +266,24 @@ class InferenceEngine:
         return self.tokenizer
 
 
-def _check_memory(padded: PaddedModel, tokens: int) -> None:
+def _kind(loaded: Loaded, max_tokens: int) -> Kind:
+    spec = loaded.model.spec
+    if spec.is_encoder:
+        return Encoder(loaded, max_tokens)
+    return (Decoder if spec.encoder is None else EncoderDecoder)(loaded, max_tokens)
+
+
+def _check_memory(kind: Kind, tokens: int) -> None:
     """Refuse a model beside which there is no memory for a text of so many tokens."""
-    if tokens > padded.max_tokens:
+    if tokens > kind.max_tokens:
         raise ConfigError(
-            f"min_tokens is {tokens}, but the model was made for {padded.max_tokens}; lower it.", param="min_tokens"
+            f"min_tokens is {tokens}, but the model was made for {kind.max_tokens}; lower it.", param="min_tokens"
         )
-    needed = KVCache.bytes_per_block(padded.model.spec, tokens, padded.dtype)
-    free = torch.cuda.mem_get_info(padded.device)[0] if padded.device.type == "cuda" else available_bytes()
+    needed = kind.cache_bytes(tokens)
+    free = torch.cuda.mem_get_info(kind.device)[0] if kind.device.type == "cuda" else available_bytes()
     if needed > free:
         raise ConfigError(
-            f"{tokens} tokens (min_tokens) need {needed:,} bytes of cache, but {free:,} are free on {padded.device}; "
+            f"{tokens} tokens (min_tokens) need {needed:,} bytes of cache, but {free:,} are free on {kind.device}; "
             "lower min_tokens, or use a narrower dtype or a smaller model.",
             param="min_tokens",
         )

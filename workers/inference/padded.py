@@ -12,8 +12,8 @@ from torch import Tensor
 from headrace.errors import ContextLengthError, InvalidRequestError
 from headrace.kernels.model import Model
 from headrace.workers.inference.cache import PagedCache
-from headrace.workers.inference.inputs import check_positions, real_tokens
-from headrace.workers.inference.ragged import kept_columns, last_columns, pack, unpack
+from headrace.workers.inference.inputs import check_positions, check_rows, real_tokens
+from headrace.workers.inference.ragged import kept_columns, last_columns, pack, source_slots, unpack
 
 __all__ = ["PaddedModel"]
 
@@ -23,16 +23,18 @@ class PaddedModel:
 
     Attributes:
         model: it.
-        max_tokens: of one text, padding not counted.
+        max_tokens: of one text, its source included, padding not counted.
+        prefix: what stands before the names of its arguments, in messages.
         device: where the model is.
         dtype: of its weights.
     """
 
-    def __init__(self, model: Model, *, max_tokens: int) -> None:
+    def __init__(self, model: Model, *, max_tokens: int, prefix: str = "") -> None:
         weight = model.embedding.weight
         assert isinstance(weight, Tensor)
         self.model = model
         self.max_tokens = max_tokens
+        self.prefix = prefix
         self.device = weight.device
         self.dtype = weight.dtype
 
@@ -55,7 +57,7 @@ class PaddedModel:
             InvalidRequestError: mask, positions and cache do not fit each other.
             ContextLengthError: a text gets too long; the cache is as it was.
         """
-        real = real_tokens(mask, input_ids, cache)
+        real = self._real(input_ids, mask, cache)
         if position_ids is not None:
             check_positions(position_ids, real, cache)
         columns = input_ids.shape[1]
@@ -69,7 +71,7 @@ class PaddedModel:
         self, input_ids: Tensor, mask: Tensor | None, cache: PagedCache, logits_to_keep: int | Tensor
     ) -> Tensor:
         """As `logits`, for a loop that reads the last column: there are, of each text, those of its last token."""
-        real = real_tokens(mask, input_ids, cache)
+        real = self._real(input_ids, mask, cache)
         columns = kept_columns(input_ids.shape[1], logits_to_keep)
         if len(columns) == 1 and not real[:, -1].all():
             begun = np.array(cache.lens or [0] * len(real)) > 0
@@ -77,10 +79,23 @@ class PaddedModel:
                 raise InvalidRequestError(
                     "A prompt ends before the last chunk of the prefill; pad on the left, or leave out "
                     "prefill_chunk_size.",
-                    param="attention_mask",
+                    param=f"{self.prefix}attention_mask",
                 )
             columns = last_columns(real)
         return self._compute(input_ids, real, cache, columns)
+
+    def remember(self, states: Tensor, real: np.ndarray, cache: PagedCache) -> None:
+        """Put what the model sees of sources, once for all, into a cache that is still empty.
+
+        Args:
+            states: [B, S, hidden] of an encoder.
+            real: [B, S] bool, which of them are of tokens; at least one in each row.
+            cache: of the texts about them.
+        """
+        mask = torch.from_numpy(real)
+        kv = cache.add_sources(mask)
+        slots = torch.from_numpy(source_slots(cache)).to(self.device)
+        self.model.remember(states[mask.to(self.device)], slots, kv)
 
     def check_prompt(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Refuse what would fail, or go on from nothing, once generation has begun.
@@ -88,18 +103,13 @@ class PaddedModel:
         Raises:
             InvalidRequestError: mask or positions are wrong, or a row has no token.
         """
-        blank = self.new_cache()
-        real = real_tokens(mask, input_ids, blank)
+        real = self._real(input_ids, mask, None)
         if position_ids is not None:
-            check_positions(position_ids, real, blank)
-        if len(empty := np.flatnonzero(~real.any(1))):
-            raise InvalidRequestError(
-                f"Row {empty[0]} of attention_mask is all 0, so there is no text to go on from; drop the row.",
-                param="attention_mask",
-            )
+            check_positions(position_ids, real)
+        check_rows(real, prefix=self.prefix)
 
     def check_length(self, length: int) -> None:
-        """Refuse a text of so many tokens if it is too long.
+        """Refuse a text of so many tokens, its source included, if it is too long.
 
         Raises:
             ContextLengthError: it is.
@@ -111,9 +121,13 @@ class PaddedModel:
                 param="max_length",
             )
 
+    def _real(self, input_ids: Tensor, mask: Tensor | None, cache: PagedCache | None) -> np.ndarray:
+        rows, columns = input_ids.shape
+        return real_tokens(mask, (rows, columns), cache, prefix=self.prefix)
+
     def _compute(self, input_ids: Tensor, real: np.ndarray, cache: PagedCache, columns: np.ndarray) -> Tensor:
         counts = real.sum(1)
-        self.check_length(int((np.array(cache.lens or 0) + counts).max()))
+        self.check_length(int((np.array(cache.lens or 0) + np.array(cache.source_lens or 0) + counts).max()))
         kv = cache.extend(torch.from_numpy(real))
         if not counts.any():
             shape = (len(real), columns.shape[-1], self.model.spec.vocab_size)

@@ -1,10 +1,12 @@
-"""From a padded batch to one without padding, and its logits back to where their tokens were.
+"""From a padded batch to one without padding, and its logits or states back to where their tokens were.
 
 B rows, T columns, K of them with logits wanted; N tokens have theirs computed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 from headrace.kernels.batch import Batch
 from headrace.workers.inference.cache import BLOCK_SIZE, PagedCache
 
-__all__ = ["Wanted", "kept_columns", "last_columns", "pack", "unpack"]
+__all__ = ["Texts", "Wanted", "kept_columns", "last_columns", "pack", "pack_texts", "source_slots", "unpack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +67,7 @@ def pack(input_ids: Tensor, real: np.ndarray, columns: np.ndarray, cache: PagedC
     token_rows = np.repeat(order, lens)
     token_columns = np.concatenate([np.flatnonzero(real[row]) for row in order])
     positions = np.arange(starts[-1]) + np.repeat(ends - lens - starts[:-1], lens)
-    tables = np.zeros((len(order), -(-int(ends.max()) // BLOCK_SIZE)), dtype=np.int32)
-    for index, row in enumerate(order):
-        tables[index, : len(cache.tables[row])] = cache.tables[row]
-    slots = tables[np.repeat(np.arange(len(order)), lens), positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
-    slots += positions % BLOCK_SIZE
+    tables = _stacked([cache.tables[row] for row in order])
     logits_rows, wanted = _wanted(real, columns, token_rows, token_columns)
 
     def tensor(values: np.ndarray) -> Tensor:
@@ -80,7 +78,7 @@ def pack(input_ids: Tensor, real: np.ndarray, columns: np.ndarray, cache: PagedC
     batch = Batch(
         token_ids=flat if in_place else flat[tensor(token_rows * input_ids.shape[1] + token_columns)],
         positions=tensor(positions),
-        slots=tensor(slots),
+        slots=tensor(_slots(tables, np.repeat(np.arange(len(order)), lens), positions)),
         query_starts=tensor(starts.astype(np.int32)),
         context_lens=tensor(ends.astype(np.int32)),
         block_tables=tensor(tables),
@@ -90,6 +88,16 @@ def pack(input_ids: Tensor, real: np.ndarray, columns: np.ndarray, cache: PagedC
         logits_rows=tensor(logits_rows),
         block_size=BLOCK_SIZE,
     )
+    if cache.source_lens:
+        source_lens = tuple(cache.source_lens[row] for row in order)
+        cross = dataclasses.replace(
+            batch,
+            context_lens=tensor(np.array(source_lens, dtype=np.int32)),
+            block_tables=tensor(_stacked([cache.source_tables[row] for row in order])),
+            context_lens_host=source_lens,
+            _shared={},
+        )
+        batch = dataclasses.replace(batch, cross=cross)
     return batch, wanted
 
 
@@ -116,3 +124,101 @@ def _wanted(
     in_order = len(indexes) == packed.size and bool((indexes[:-1] < indexes[1:]).all())
     order = np.argsort(indexes)  # ascending, so that all of them are just the model's output
     return indexes[order], Wanted(rows[order], places[order], packed.shape, in_order)
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Whole texts of a padded batch, side by side.
+
+    Attributes:
+        batch: of R texts; rows without a token are none of them.
+        rows: [R] of the padded batch.
+        real: [rows, columns] bool, which tokens of the padded batch they are.
+        places: [T], where these are in the padded batch, as if that were one row; None if there is no padding.
+    """
+
+    batch: Batch
+    rows: Tensor
+    real: np.ndarray
+    places: Tensor | None
+
+    def padded(self, values: Tensor) -> Tensor:
+        """Values [T, size] of tokens at their places in [rows, columns, size]; zero where there is padding."""
+        rows, columns = self.real.shape
+        if self.places is None:
+            return values.view(rows, columns, -1)
+        padded = values.new_zeros(rows * columns, values.shape[-1])
+        padded[self.places] = values
+        return padded.view(rows, columns, -1)
+
+    def firsts(self, values: Tensor) -> Tensor:
+        """Of values [T, size] of tokens, those of the first tokens of all texts, [R, size]."""
+        return values[self.batch.query_starts[:-1].long()]
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Values [R, size] of texts at their rows, [rows, size]; zero where there is none."""
+        padded = values.new_zeros(len(self.real), values.shape[-1])
+        padded[self.rows] = values
+        return padded
+
+
+def pack_texts(input_ids: Tensor, real: np.ndarray, token_types: Tensor | None = None) -> Texts:
+    """The texts of a padded batch, to be read as a whole: nothing is cached.
+
+    Args:
+        input_ids: [B, T].
+        real: [B, T] bool, at least one.
+        token_types: [B, T], if there are any.
+    """
+    counts = real.sum(1)
+    rows = np.flatnonzero(counts)
+    lens = counts[rows]
+    starts = np.concatenate(([0], np.cumsum(lens)))
+    host_lens = tuple(lens.tolist())
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(input_ids.device)
+
+    places = None if real.all() else tensor(np.flatnonzero(real))
+
+    def packed(values: Tensor) -> Tensor:
+        return values.flatten() if places is None else values.flatten()[places]
+
+    nothing = torch.empty(0, dtype=torch.int64, device=input_ids.device)
+    batch = Batch(
+        token_ids=packed(input_ids),
+        positions=tensor(np.arange(starts[-1]) - np.repeat(starts[:-1], lens)),
+        slots=nothing,
+        query_starts=tensor(starts.astype(np.int32)),
+        context_lens=tensor(lens.astype(np.int32)),
+        block_tables=tensor(np.zeros((len(lens), 1), dtype=np.int32)),
+        num_decodes=0,
+        query_lens=host_lens,
+        context_lens_host=host_lens,
+        logits_rows=nothing,
+        block_size=BLOCK_SIZE,
+        token_types=None if token_types is None else packed(token_types),
+    )
+    return Texts(batch, tensor(rows), real, places)
+
+
+def source_slots(cache: PagedCache) -> np.ndarray:
+    """Where the sources of a cache are, [T], one row after the other."""
+    lens = np.array(cache.source_lens)
+    positions = np.concatenate([np.arange(length) for length in lens])
+    return _slots(_stacked(cache.source_tables), np.repeat(np.arange(len(lens)), lens), positions)
+
+
+def _stacked(tables: Sequence[list[int]]) -> np.ndarray:
+    """Tables of blocks as one array, [rows, most blocks]; zero behind the shorter ones."""
+    stacked = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for row, table in zip(stacked, tables, strict=True):
+        row[: len(table)] = table
+    return stacked
+
+
+def _slots(tables: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The slots [T] of tokens, told by the row of their table and their position in its text."""
+    slots: np.ndarray = tables[rows, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
+    slots += positions % BLOCK_SIZE
+    return slots

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from headrace.kernels.kv import KVCache
 from headrace.kernels.linear import Linear
 from headrace.kernels.model import Model
-from headrace.kernels.spec import AttentionSpec, LayerSpec, MLPSpec, RotarySpec
-from headrace.workers.inference.sources import Loaded
+from headrace.kernels.spec import AttentionSpec, HeadSpec, LayerSpec, MLPSpec, RotarySpec
+from headrace.workers.inference.kind import Kind
+from headrace.workers.inference.tasks import head_parts
 
 __all__ = ["InferenceReport", "make_report"]
 
@@ -25,13 +23,14 @@ class InferenceReport:
         family: policy that covers it.
         layers_replaced: layers that are computed by the fused block.
         layers_total: layers that the model has.
+        encoder_layers: those among them that read whole texts.
         kernels: triton on a GPU, torch (the references) elsewhere.
         slots: by part of a layer, the op that computes it and how; all ways if layers differ.
         left_alone: what was not injected, and why.
         dtype: of weights, activations and cache.
         device: where the model is.
         weight_bytes: memory that the weights take.
-        kv_bytes_per_token: memory that the cache takes for each token of a text.
+        kv_bytes_per_token: memory that the cache takes for each token of a text; 0 if nothing is cached.
         max_tokens: of one text.
     """
 
@@ -39,6 +38,7 @@ class InferenceReport:
     family: str
     layers_replaced: int
     layers_total: int
+    encoder_layers: int
     kernels: str
     slots: dict[str, str]
     left_alone: dict[str, str]
@@ -49,14 +49,17 @@ class InferenceReport:
     max_tokens: int
 
     def __str__(self) -> str:
+        parts = f" ({self.encoder_layers} of the encoder, {self.layers_total - self.encoder_layers} of the decoder)"
+        both = 0 < self.encoder_layers < self.layers_total
+        cache = f"{_size(self.kv_bytes_per_token)} a token" if self.kv_bytes_per_token else "none"
         rows = {
             "model": f"{self.architecture} ({self.family})",
-            "layers": f"{self.layers_replaced} of {self.layers_total} replaced",
+            "layers": f"{self.layers_replaced} of {self.layers_total} replaced{parts if both else ''}",
             "kernels": self.kernels,
             **self.slots,
             "dtype": f"{self.dtype} on {self.device}",
             "weights": f"{_size(self.weight_bytes)}",
-            "cache": f"{_size(self.kv_bytes_per_token)} a token, at most {self.max_tokens:,} tokens a text",
+            "cache": f"{cache}, at most {self.max_tokens:,} tokens a text",
         }
         width = max(len(name) for name in (*rows, "left alone"))
         lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
@@ -64,46 +67,62 @@ class InferenceReport:
         return "\n".join(lines)
 
 
-def make_report(loaded: Loaded, *, max_tokens: int) -> InferenceReport:
+def make_report(kind: Kind) -> InferenceReport:
     """The report of a model."""
+    loaded = kind.loaded
     model = loaded.model
     spec = model.spec
-    parameter = model.embedding.weight
-    assert isinstance(parameter, torch.Tensor)
+    encoder = len(spec.encoder.layers) if spec.encoder else len(spec.layers) if spec.is_encoder else 0
+    blocks = len(model.blocks) + (len(model.encoder.blocks) if model.encoder is not None else 0)
     left_alone = {"embedding": "a look-up, there is nothing to fuse it with"}
-    left_alone |= dict.fromkeys(loaded.unused, "not part of a decoder of this family")
+    if loaded.task is not None:
+        reason = f"the head of {loaded.architecture} runs as transformers wrote it, on the states of our layers"
+        left_alone |= dict.fromkeys(head_parts(loaded.task), reason)
+    left_alone |= dict.fromkeys(loaded.unused, "not part of a model of this family")
     return InferenceReport(
         architecture=loaded.architecture,
         family=loaded.policy.family,
-        layers_replaced=len(model.blocks),
-        layers_total=len(spec.layers),
-        kernels="triton" if parameter.is_cuda else "torch",
+        layers_replaced=blocks,
+        layers_total=len(spec.layers) + (len(spec.encoder.layers) if spec.encoder else 0),
+        encoder_layers=encoder,
+        kernels="triton" if kind.device.type == "cuda" else "torch",
         slots=_slots(model),
         left_alone=left_alone,
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        device=str(parameter.device),
-        weight_bytes=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
-        kv_bytes_per_token=KVCache.bytes_per_block(spec, 1, parameter.dtype),
-        max_tokens=max_tokens,
+        dtype=str(kind.dtype).removeprefix("torch."),
+        device=str(kind.device),
+        weight_bytes=sum(weight.numel() * weight.element_size() for weight in kind.module.parameters()),
+        kv_bytes_per_token=kind.cache_bytes(1),
+        max_tokens=kind.max_tokens,
     )
 
 
 def _slots(model: Model) -> dict[str, str]:
     """By slot, the op that computes it and how; what differs between layers is named once each."""
-    layers = model.spec.layers
+    spec = model.spec
+    layers = (*(spec.encoder.layers if spec.encoder else ()), *spec.layers)
     linear = _linear(model)
-    head = model.spec.head
-    assert head is not None
-    copied = head.tied and model.head is not None and model.head.weight is not model.embedding.weight
-    return {
-        "qkv": f"{linear}, queries, keys and values stacked",
-        "rotary": _each(_rotary(layer.rotary) for layer in layers),
-        "attention": _each(_attention(layer.attention) for layer in layers),
-        "out": linear,
-        "norm": _each(_norm(layer) for layer in layers),
-        "mlp": _each(_mlp(layer.mlp, linear) for layer in layers),
-        "head": linear + (", tied" if head.tied else "") + (" (packed, so a copy of the embedding)" if copied else ""),
-    }
+    slots = {"qkv": f"{linear}, queries, keys and values stacked"}
+    if cached := [layer for layer in layers if layer.attention.causal]:
+        slots["rotary"] = _each(_rotary(layer.rotary) for layer in cached)
+    slots["attention"] = _each(_attention(layer.attention) for layer in layers)
+    slots["out"] = linear
+    if crossing := [layer.cross for layer in layers if layer.cross]:
+        computed = "keys and values stacked, computed once a source and cached"
+        slots["cross attention"] = f"{_each(map(_cross, crossing))}; {linear}, {computed}"
+    slots["norm"] = _each(_norm(layer) for layer in layers)
+    slots["mlp"] = _each(_mlp(layer.mlp, linear) for layer in layers)
+    if spec.head is not None:
+        slots["head"] = _head(spec.head, model, linear)
+    if spec.pooler:
+        slots["pooler"] = f"{linear} and tanh, of each text's first token"
+    return slots
+
+
+def _head(spec: HeadSpec, model: Model, linear: str) -> str:
+    copied = spec.tied and model.head is not None and model.head.weight is not model.embedding.weight
+    transform = f"{linear}, activate, {spec.transform.activation}, add_norm, " if spec.transform else ""
+    tied = ", tied" if spec.tied else ""
+    return transform + linear + tied + (" (packed, so a copy of the embedding)" if copied else "")
 
 
 def _each(texts: Iterable[str]) -> str:
@@ -126,16 +145,23 @@ def _rotary(spec: RotarySpec | None) -> str:
 
 def _attention(spec: AttentionSpec) -> str:
     heads = f"{spec.num_heads} heads" + (f" over {spec.num_kv_heads}" if spec.num_kv_heads != spec.num_heads else "")
-    parts = [f"paged_attention, {heads} of {spec.head_dim}"]
+    op = "paged_attention" if spec.causal else "full_attention, in both directions"
+    parts = [f"{op}, {heads} of {spec.head_dim}"]
     if spec.window is not None:
         parts.append(f"window {spec.window}")
     if spec.soft_cap is not None:
         parts.append(f"soft cap {spec.soft_cap:g}")
     if spec.alibi is not None:
         parts.append("ALiBi")
+    if spec.relative is not None:
+        parts.append(f"relative bias in {spec.relative.num_buckets} buckets")
     if spec.qk_norm is not None:
         parts.append("norms of q and k")
     return ", ".join(parts)
+
+
+def _cross(spec: AttentionSpec) -> str:
+    return f"paged_attention over the source, {spec.num_heads} heads of {spec.head_dim}"
 
 
 def _norm(layer: LayerSpec) -> str:

@@ -11,13 +11,14 @@ from torch import nn
 from transformers import GenerationConfig
 
 from headrace.errors import ConfigError, UnsupportedModelError
-from headrace.kernels.inject import inject
+from headrace.kernels.inject import config_of, inject
 from headrace.kernels.model import Model
 from headrace.kernels.policies import find_policy
 from headrace.kernels.policies.base import Policy
 from headrace.kernels.spec import ModelSpec
 from headrace.workers.checkpoint import DTYPES, Checkpoint
 from headrace.workers.inference.config import InferenceConfig
+from headrace.workers.inference.tasks import blank_task, task_class
 from headrace.workers.loader import load_checkpoint
 from headrace.workers.models import resolve
 
@@ -36,6 +37,7 @@ class Loaded:
         generation_config: its defaults of `generate`.
         folder: where its tokenizer is; None for a module.
         unused: tensors that are not part of the model.
+        task: a head that is left to transformers, without the model that it stands on; None if there is none.
     """
 
     model: Model
@@ -45,6 +47,7 @@ class Loaded:
     generation_config: GenerationConfig
     folder: Path | None = None
     unused: tuple[str, ...] = ()
+    task: nn.Module | None = None
 
 
 def load(source: object, config: InferenceConfig) -> Loaded:
@@ -70,7 +73,10 @@ def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
     checkpoint = Checkpoint(folder, policy=config.policy)
     _check_policy(checkpoint.policy, checkpoint.architecture)
     _check_spec(checkpoint.policy.spec(checkpoint.config), checkpoint.architecture, config)
-    injected = load_checkpoint(checkpoint, dtype=config.dtype, device=_device(config, None))
+    task = None
+    if checkpoint.architecture in checkpoint.policy.tasks:
+        task = blank_task(task_class(checkpoint.architecture), checkpoint.config)
+    injected = load_checkpoint(checkpoint, dtype=config.dtype, device=_device(config, None), task=task)
     if (folder / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(folder)
     else:
@@ -83,6 +89,7 @@ def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
         generation_config=generation_config,
         folder=folder,
         unused=injected.unused,
+        task=task,
     )
 
 
@@ -96,12 +103,13 @@ def _from_module(module: nn.Module, config: InferenceConfig) -> Loaded:
         )
     policy = find_policy(architecture) if config.policy is None else config.policy
     _check_policy(policy, architecture)
-    _check_spec(policy.spec(module.config), architecture, config)
+    _check_spec(policy.spec(config_of(module)), architecture, config)
     parameter = next(module.parameters(), None)
     own = parameter.dtype if parameter is not None and parameter.dtype in DTYPES.values() else torch.float32
     dtype = own if config.dtype == "auto" else DTYPES[config.dtype]
     generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(module.config)
-    injected = inject(module, policy, dtype=dtype, device=_device(config, parameter))
+    task = blank_task(type(module), module.config) if architecture in policy.tasks else None
+    injected = inject(module, policy, dtype=dtype, device=_device(config, parameter), task=task)
     return Loaded(
         model=injected.model,
         policy=policy,
@@ -109,6 +117,7 @@ def _from_module(module: nn.Module, config: InferenceConfig) -> Loaded:
         config=module.config,
         generation_config=generation_config,
         unused=injected.unused,
+        task=task,
     )
 
 
@@ -122,22 +131,16 @@ def _device(config: InferenceConfig, parameter: nn.Parameter | None) -> torch.de
 
 
 def _check_policy(policy: Policy, architecture: str) -> None:
-    if architecture not in policy.architectures:
+    if architecture not in policy.classes:
         raise UnsupportedModelError(
-            f"The policy of {policy.family!r} covers {', '.join(policy.architectures)}, but the model is a "
+            f"The policy of {policy.family!r} covers {', '.join(policy.classes)}, but the model is a "
             f"{architecture}. Name it in the policy's architectures if it is the same in all but its name.",
             param="policy",
         )
 
 
 def _check_spec(spec: ModelSpec, architecture: str, config: InferenceConfig) -> None:
-    """Refuse what is no text generator, and a model that is not what the caller says it is."""
-    if spec.is_encoder or spec.encoder is not None:
-        kind = "encoder, which generates no text" if spec.is_encoder else "encoder-decoder"
-        raise UnsupportedModelError(
-            f"The {architecture} is an {kind}; init_inference takes decoders in this release. Use transformers for it.",
-            param="model",
-        )
+    """Refuse a model that is not what the caller says it is."""
     layer = spec.layers[0]
     found = {
         "hidden_size": spec.hidden_size,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from headrace.workers.engine import Engine, StepResult
     from headrace.workers.inference.sources import Loaded
 
-__all__ = ["Streams", "TextStream", "TokenStream", "start_engine"]
+__all__ = ["Streams", "TextStream", "TokenStream", "make_engine"]
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a character decodes to whose last bytes are still to come
 
@@ -196,8 +196,17 @@ class Streams:
                 reader.take(error=from_wire(refusal.error))
 
 
-def start_engine(loaded: Loaded, generation_config: GenerationConfig, max_tokens: int) -> Engine:
-    """A continuous-batching engine around a model that is loaded already."""
+def make_engine(
+    loaded: Loaded, generation_config: GenerationConfig, max_tokens: int, *, start_token: int | None = None
+) -> Engine:
+    """A continuous-batching engine around a model that is loaded already.
+
+    Args:
+        loaded: the model.
+        generation_config: names the tokens that end a text.
+        max_tokens: most tokens of one text.
+        start_token: with which an encoder-decoder's texts begin, if not as its config says.
+    """
     from headrace.card import ModelCard
     from headrace.workers.config import EngineConfig
     from headrace.workers.engine import Engine
@@ -212,7 +221,7 @@ def start_engine(loaded: Loaded, generation_config: GenerationConfig, max_tokens
         max_model_len=loaded.model.spec.max_positions,
         eos_token_ids=tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),),
     )
-    return Engine(loaded.model, card, EngineConfig(max_model_len=max_tokens))
+    return Engine(loaded.model, card, EngineConfig(max_model_len=max_tokens), start_token=start_token)
 
 
 def _sampling(settings: dict[str, Any]) -> SamplingParams:

@@ -12,7 +12,7 @@ import pytest
 from headrace.errors import ModelNotFoundError
 from headrace.workers.models import known, resolve, verify
 from headrace.workers.models.known import KnownModel, WheelFile, WheelFolder
-from tests.support.tiny_models import save_encoder
+from tests.support.tiny_encoders import save_encoder
 
 REPO = "tiny/tiny-reader"
 _PREFIX = "hr_tiny_reader/model"
