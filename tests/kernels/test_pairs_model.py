@@ -8,17 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
 from headrace.workers.loader import load_model
 from tests.support.batches import make_batch
 from tests.support.kernels import Kernels, cases
+from tests.support.parity import MARGIN, at_random, logits_of, root_mean_square
 from tests.support.tiny_models import FAMILIES, save_model, save_t5
 
 # Triton 3.6 counts in its interpreter in a way that newer numpy dislikes.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-
-BLOCK = 8
 
 # Between them they have every setting of every kernel: norms of heads and grouped heads; unit offsets, windows, caps,
 # and norms behind; rounded ALiBi and layer norms; neighbours as pairs, parts of heads, blocks side by side.
@@ -29,26 +27,6 @@ AT_ONCE = [{0: (1, 1), 1: (30, 30), 2: (13, 13)}]
 IN_STEPS = [{0: (1, 1), 1: (20, 20), 2: (5, 5)}, {1: (9, 29), 2: (7, 12)}, {1: (1, 30), 2: (1, 13)}]
 
 
-def texts(*lens: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(2, 250, (length,), generator=generator).tolist() for length in lens]
-
-
-def logits(model: Model, run, prompts, steps) -> list[torch.Tensor]:
-    """All logits of every text, computed in steps; `run` calls the model where it is."""
-    parameter = next(model.parameters())
-    cache = KVCache(model.spec, 64, BLOCK, parameter.dtype, parameter.device)
-    parts: list[list[torch.Tensor]] = [[] for _ in prompts]
-    for lens in steps:
-        tokens = [token for row, (count, total) in lens.items() for token in prompts[row][total - count : total]]
-        shape = {"rows": list(lens), "block_size": BLOCK, "num_blocks": 64}
-        batch = make_batch(list(lens.values()), token_ids=tokens, all_logits=True, **shape)
-        found = run(model, batch, cache).split([count for count, _ in lens.values()])
-        for row, part in zip(lens, found, strict=True):
-            parts[row].append(part.float())
-    return [torch.cat(part) for part in parts]
-
-
 def on_cpu(model: Model, *args):
     return model(*args)
 
@@ -57,11 +35,11 @@ def on_cpu(model: Model, *args):
 @torch.inference_mode()
 def test_logits_are_those_of_the_references(kernels: Kernels, case, tmp_path):
     save_model(tmp_path, case)
-    prompts = texts(1, 30, 13)
-    expected = logits(load_model(tmp_path, dtype="float32"), on_cpu, prompts, AT_ONCE)
+    prompts = at_random(1, 30, 13, vocab=250)
+    expected = logits_of(load_model(tmp_path, dtype="float32"), on_cpu, prompts, AT_ONCE)
     model = load_model(tmp_path, dtype="float32", device=kernels.device)
     for steps in (AT_ONCE, IN_STEPS):
-        for found, wanted in zip(logits(model, kernels, prompts, steps), expected, strict=True):
+        for found, wanted in zip(logits_of(model, kernels, prompts, steps), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
@@ -72,18 +50,12 @@ def test_logits_are_those_of_the_references(kernels: Kernels, case, tmp_path):
 @torch.inference_mode()
 def test_narrow_logits_are_as_near_to_float32_as_those_of_the_references(kernels: Kernels, family, dtype, tmp_path):
     save_model(tmp_path, family)
-    prompts = texts(1, 30, 13)
-    exact = torch.cat(logits(load_model(tmp_path, dtype="float32"), on_cpu, prompts, AT_ONCE))
-    theirs = torch.cat(logits(load_model(tmp_path, dtype=dtype), on_cpu, prompts, AT_ONCE)) - exact
+    prompts = at_random(1, 30, 13, vocab=250)
+    exact = torch.cat(logits_of(load_model(tmp_path, dtype="float32"), on_cpu, prompts, AT_ONCE))
+    theirs = torch.cat(logits_of(load_model(tmp_path, dtype=dtype), on_cpu, prompts, AT_ONCE)) - exact
     model = load_model(tmp_path, dtype=dtype, device=kernels.device)
-    ours = torch.cat(logits(model, kernels, prompts, IN_STEPS)) - exact
-    assert size(ours, model) < 1.2 * size(theirs, model)
-
-
-def size(error: torch.Tensor, model: Model) -> float:
-    """Root mean square; with experts that of the middle token, for a last digit can send a token to other experts."""
-    by_token = error.square().mean(-1)
-    return float((by_token.median() if model.spec.layers[0].mlp.experts else by_token.mean()).sqrt())
+    ours = torch.cat(logits_of(model, kernels, prompts, IN_STEPS)) - exact
+    assert root_mean_square(ours, model) < MARGIN * root_mean_square(theirs, model)
 
 
 @cases(["t5-v1.1"], ["t5", "t5-deep-encoder"])
@@ -92,8 +64,8 @@ def test_encoders_agree(kernels: Kernels, case, tmp_path):
     """The decoders of these models are tested with their engine."""
     save_t5(tmp_path, case)
     lens = (5, 1, 31)
-    tokens = [token for text in texts(*lens) for token in text]
-    batch = make_batch([(length, length) for length in lens], token_ids=tokens, block_size=BLOCK)
+    tokens = [token for text in at_random(*lens, vocab=250) for token in text]
+    batch = make_batch([(length, length) for length in lens], token_ids=tokens, block_size=8)
     states = []
     for run, device in ((on_cpu, "cpu"), (kernels, kernels.device)):
         model = load_model(tmp_path, dtype="float32", device=device)

@@ -9,6 +9,7 @@ from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
 from headrace.workers.loader import load_model
 from tests.support.batches import make_batch
+from tests.support.parity import MARGIN, narrowed, root_mean_square
 from tests.support.tiny_models import FAMILIES, save_model
 
 BLOCK = 8
@@ -62,10 +63,8 @@ def test_narrow_logits_are_as_near_to_float32_as_those_of_transformers(pair, dty
     reference, folder = pair
     text = torch.randint(0, 250, (60,), generator=torch.Generator().manual_seed(3)).tolist()
     exact = reference(torch.tensor([text])).logits[0]
-    narrow = type(reference)(reference.config).to(dtype).eval()
-    narrow.load_state_dict(reference.state_dict())
-    theirs = (narrow(torch.tensor([text])).logits[0].float() - exact).square().mean().sqrt()
+    theirs = narrowed(reference, dtype)(torch.tensor([text])).logits[0].float() - exact
     model = load_model(folder, dtype=str(dtype).removeprefix("torch."))
     cache = KVCache(model.spec, 64, BLOCK, dtype, "cpu")
-    ours = (logits_of(model, cache, [text], {0: (60, 60)})[0].float() - exact).square().mean().sqrt()
-    assert ours < 1.2 * theirs
+    ours = logits_of(model, cache, [text], {0: (60, 60)})[0].float() - exact
+    assert root_mean_square(ours, model) < MARGIN * root_mean_square(theirs, model)
