@@ -1,0 +1,233 @@
+"""Calls every kernel once per interesting shape, for compute-sanitizer to watch: no access may leave its tensor.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.memcheck [op ...]
+
+PyTorch would put many tensors into one piece of memory, within which nobody sees an overrun; with the variable each is
+a piece of its own. The shapes make an overrun leave it: nothing is a multiple of a tile, and the cache ends where a
+context does. Whether results are right is tested elsewhere (test_pairs.py and its neighbours). Without a GPU the
+kernels are interpreted (TRITON_INTERPRET=1), which shows that the cases are well made.
+
+The case `overrun` reads past a tensor on purpose: if that goes unnoticed, the rest says nothing.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from headrace.kernels.batch import Batch
+from headrace.kernels.ops.activation import activate
+from headrace.kernels.ops.attention import paged_attention
+from headrace.kernels.ops.full_attention import full_attention
+from headrace.kernels.ops.norm import add_norm, norm
+from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
+from headrace.kernels.spec import AttentionSpec, RotarySpec
+from tests.kernels.test_pairs import ACTIVATIONS, NORMS, QK_NORMS
+from tests.kernels.test_pairs_attention import EXTRAS, make_spec
+from tests.support.batches import make_batch
+from tests.support.kernels import Kernels
+
+__all__ = ["CASES", "main"]
+
+Case = tuple[str, Callable[[Kernels], object]]  # a name, and what to do
+
+FLOAT, BFLOAT, HALF = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def norm_cases() -> Iterator[Case]:
+    """Rows of a part of a tile, of one value, of one value more than a tile; no row; rows out of wider ones."""
+    shapes = [*product(DTYPES, [(3, 1000)], NORMS), *product([BFLOAT], [(1, 1), (2, 4097), (0, 8)], ["rms", "layer"])]
+    for dtype, shape, name in shapes:
+        yield f"{name} {dtype} {shape}", lambda run, case=(dtype, shape, name): _norm(run, norm, *case)
+    yield "heads of wider rows", _norm_of_heads
+
+
+def add_norm_cases() -> Iterator[Case]:
+    """As for `norm`, with a residual."""
+    for dtype, shape, name in [*product(DTYPES, [(3, 1000)], NORMS), *product([HALF], [(1, 1), (2, 4097)], ["layer"])]:
+        yield f"{name} {dtype} {shape}", lambda run, case=(dtype, shape, name): _norm(run, add_norm, *case)
+
+
+def _norm(run: Kernels, op: Callable[..., Any], dtype: torch.dtype, shape: tuple[int, int], name: str) -> None:
+    spec = NORMS[name]
+    weight = torch.randn(shape[1]).to(dtype) if spec.affine else None
+    bias = torch.randn(shape[1]).to(dtype) if name == "layer" else None
+    rows = [torch.randn(shape).to(dtype) for _ in range(1 if op is norm else 2)]
+    run(op, *rows, weight, bias, spec)
+
+
+def _norm_of_heads(run: Kernels) -> None:
+    rows = torch.randn(3, 5, 33).to(run.device)
+    run(norm, rows[:, 2:], torch.randn(33), None, NORMS["rms"])
+
+
+def activate_cases() -> Iterator[Case]:
+    """Parts of a tile, several tiles and a part of one; one row, and none."""
+    for dtype, name, gated, (rows, size) in [
+        *product([FLOAT], ACTIVATIONS, [True, False], [(3, 33)]),
+        *product([BFLOAT, HALF], ["silu"], [True, False], [(1, 2600), (0, 8)]),
+    ]:
+        x = torch.randn(rows, size * (2 if gated else 1)).to(dtype)
+        name_of_case = f"{name} {dtype} {'gated' if gated else 'plain'} {(rows, size)}"
+        yield name_of_case, lambda run, x=x, name=name, gated=gated: run(activate, x, name, gated=gated)
+
+
+# (heads, kv heads, head dim, pairs that turn)
+ROTATED = [(6, 2, 20, 10), (5, 1, 64, 0), (32, 32, 80, 16), (3, 1, 256, 128)]
+
+
+def rotate_and_cache_cases() -> Iterator[Case]:
+    """One token and several, parts of heads that turn, norms of heads; the last slot of the cache is written."""
+    for dtype, heads, interleaved, name, tokens in [
+        *product(DTYPES, ROTATED, [False], ["no-norm"], [7]),
+        *product([BFLOAT], ROTATED, [True], ["rms"], [1]),
+        *product([HALF], ROTATED[:1], [True, False], ["unit-offset", "layer"], [3]),
+        (FLOAT, ROTATED[0], False, "no-norm", 0),
+    ]:
+        layout = "interleaved" if interleaved else "halves"
+        case = (dtype, heads, interleaved, name, tokens)
+        yield f"{dtype} {heads} {layout} {name} {tokens} tokens", lambda run, case=case: _rotate(run, *case)
+
+
+def _rotate(
+    run: Kernels, dtype: torch.dtype, heads: tuple[int, int, int, int], interleaved: bool, name: str, tokens: int
+) -> None:
+    num_heads, num_kv_heads, head_dim, pairs = heads
+    qk_norm = QK_NORMS[name]
+    spec = AttentionSpec(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, scale=1.0, qk_norm=qk_norm)
+    keys, values = (torch.zeros(40, num_kv_heads, head_dim, dtype=dtype, device=run.device) for _ in range(2))
+    slots = torch.arange(39, 39 - tokens, -1)
+    settings: dict[str, Any] = {"interleaved": interleaved}
+    if pairs:
+        rotary = RotarySpec(inverse_frequencies=tuple(0.9**n for n in range(pairs)))
+        settings["cos_sin"] = rotary_table(rotary, 100, torch.device("cpu"))[100 - tokens :]
+    if qk_norm is not None and qk_norm.affine:
+        settings |= {weight: torch.rand(head_dim).to(dtype) for weight in ("q_norm", "k_norm")}
+    run(rotate_and_cache, torch.randn(tokens, spec.qkv_size).to(dtype), slots, keys, values, spec, **settings)
+
+
+# Decodes with contexts of one token, that end in a tile, on its edge and after it, in many parts and in one; prompts
+# at once and in chunks. The longest is last, where the table of blocks ends.
+LENS = {
+    "token": [(1, 1)],
+    "decodes": [(1, 64), (1, 1), (1, 65), (1, 333)],
+    "long decode": [(1, 5001)],
+    "prompts": [(3, 3), (65, 100)],
+    "mixed": [(1, 33), (1, 130), (9, 9), (70, 133)],
+}
+USUAL = (6, 2, 20)
+HEADS = [(8, 8, 64), (12, 4, 80), (9, 1, 96), (8, 2, 128), (4, 2, 256)]
+
+
+def paged_attention_cases() -> Iterator[Case]:
+    """Every head size, every tile, everything that is added to scores, every way to cut a context into blocks.
+
+    Most of the time goes to compiling, so cases are chosen, not multiplied.
+    """
+    for case in [
+        *product([HALF], HEADS, ["mixed"], [16], ["plain"]),
+        *product([FLOAT], [HEADS[0], HEADS[-1]], ["mixed"], [16], ["plain"]),
+        *product([HALF], [USUAL], ["mixed"], [16], EXTRAS),
+        *product([BFLOAT], [USUAL], LENS, [16], ["plain"]),
+        *product([BFLOAT], [USUAL], ["mixed"], [1, 5, 128], ["window"]),
+        (BFLOAT, (71, 1, 64), "mixed", 16, "plain"),
+    ]:
+        yield " ".join(map(str, case)), lambda run, case=case: _paged(run, *case)
+
+
+def _paged(
+    run: Kernels, dtype: torch.dtype, heads: tuple[int, int, int], lens_name: str, block_size: int, extra: str
+) -> None:
+    spec = make_spec(heads, extra)
+    lens = LENS[lens_name]
+    num_blocks = 8 * -(-max(context for _, context in lens) // block_size)
+    scattered = make_batch(lens, block_size=block_size, num_blocks=num_blocks)
+    q_thd = torch.randn(len(scattered.positions), spec.num_heads, spec.head_dim).to(dtype)
+    table = torch.randn(32, spec.num_heads).to(dtype) if spec.relative else None
+    for row in range(len(lens)):
+        batch, num_slots = _ending_with(scattered, row)
+        keys, values = (torch.randn(num_slots, spec.num_kv_heads, spec.head_dim).to(dtype) for _ in range(2))
+        run(paged_attention, q_thd, keys, values, batch, spec, table)
+
+
+def _ending_with(batch: Batch, row: int) -> tuple[Batch, int]:
+    """The batch with its blocks renumbered so that a row's context ends the cache, and the slots that the cache has."""
+    context, size = batch.context_lens_host[row], batch.block_size
+    tables = batch.block_tables.long()
+    last, highest = tables[row, (context - 1) // size], tables.max()
+    swapped = tables.masked_fill(tables == last, highest).masked_fill(tables == highest, last)
+    num_slots = int(highest) * size + (context - 1) % size + 1
+    return dataclasses.replace(batch, block_tables=swapped.int()), num_slots
+
+
+def full_attention_cases() -> Iterator[Case]:
+    """Texts of one token, of a part of a tile, of several; with and without a relative bias."""
+    for dtype, heads, extra in [
+        *product(DTYPES, [(12, 12, 64)], ["plain", "relative"]),
+        *product([HALF], [*HEADS[1:], USUAL], ["plain"]),
+    ]:
+        yield f"{dtype} {heads} {extra}", lambda run, case=(dtype, heads, extra): _full(run, *case)
+
+
+def _full(run: Kernels, dtype: torch.dtype, heads: tuple[int, int, int], extra: str) -> None:
+    spec = dataclasses.replace(make_spec(heads, extra), causal=False)
+    table = torch.randn(32, spec.num_heads).to(dtype) if spec.relative else None
+    for lens in ((1,), (70, 1, 33, 5)):
+        batch = make_batch([(length, length) for length in lens], num_blocks=512)
+        run(full_attention, torch.randn(sum(lens), spec.qkv_size).to(dtype), batch, spec, table)
+
+
+def overrun_cases() -> Iterator[Case]:
+    """What must be noticed: the first value after a tensor is read."""
+
+    def overrun(run: Kernels) -> None:
+        x, out = torch.ones(100, device=run.device), torch.empty(1, device=run.device)
+        _sum[(1,)](x, out, len(x) + 1, BLOCK=128)
+        out.cpu()  # waits for it
+
+    yield "one value too many", overrun
+
+
+@triton.jit
+def _sum(x, out, size, BLOCK: tl.constexpr):  # noqa: N803  # constants of a kernel are written in capitals
+    place = tl.arange(0, BLOCK)
+    tl.store(out, tl.sum(tl.load(x + place, mask=place < size, other=0.0), axis=0))
+
+
+# op -> its cases
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "activate": activate_cases,
+    "add_norm": add_norm_cases,
+    "full_attention": full_attention_cases,
+    "norm": norm_cases,
+    "paged_attention": paged_attention_cases,
+    "rotate_and_cache": rotate_and_cache_cases,
+}
+
+
+def main(wanted: list[str]) -> None:
+    """Run the cases of some ops, by default of all but the overrun; says which one it is at."""
+    torch.manual_seed(0)
+    if torch.cuda.is_available() and os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        raise SystemExit("Set PYTORCH_NO_CUDA_MEMORY_CACHING=1; without it overruns stay inside PyTorch's own memory.")
+    run = Kernels("cuda" if torch.cuda.is_available() else "interpreted")
+    count = 0
+    for op in wanted or CASES:
+        for name, do in (overrun_cases if op == "overrun" else CASES[op])():
+            print(f"{op}: {name}", flush=True)
+            do(run)
+            count += 1
+    print(f"{count} cases ran")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
