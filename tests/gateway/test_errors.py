@@ -147,7 +147,7 @@ def test_paths_and_methods(plain):
     assert "POST" in error_of(response, 405, "method_not_allowed")["message"]
     assert response.headers["allow"] == "POST"
     error_of(http.delete("/v1/models"), 405, "method_not_allowed")
-    error_of(http.post("/v1/embeddings", json={}), 404, "not_found")
+    error_of(http.post("/v1/images/generations", json={}), 404, "not_found")
     assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
     assert http.get("/openapi.json").json()["info"]["title"] == "Headrace"
 
