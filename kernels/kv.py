@@ -12,7 +12,9 @@ __all__ = ["KVCache"]
 
 
 class KVCache:
-    """Keys and values of `num_blocks` blocks, and one more block that is zero. Memory is taken when first written.
+    """Keys and values of `num_blocks` blocks, and two more. Memory is taken when first written.
+
+    `scratch_block` belongs to nobody: what fills a batch up may write there. The last block is zero.
 
     A batch of contexts of different length is read as if all were as long as the longest; what is missing is read from
     the blank block. Masked values still enter sums as 0 * value, and there stale ones would do harm if they are NaN.
@@ -22,10 +24,11 @@ class KVCache:
         self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         attention = spec.layers[0].attention
-        shape = (len(spec.layers), 2, (num_blocks + 1) * block_size, attention.num_kv_heads, attention.head_dim)
+        shape = (len(spec.layers), 2, (num_blocks + 2) * block_size, attention.num_kv_heads, attention.head_dim)
         self._tensor = torch.empty(shape, dtype=dtype, device=device)
         self._tensor[:, :, -block_size:] = 0
         self.block_size = block_size
+        self.scratch_block = num_blocks
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [slots, kv heads, head dim]; the last slots are the blank block."""

@@ -115,6 +115,12 @@ _ENGINE = (
         type=click.IntRange(1, 1024),
         help="CPU threads of each worker process. Default: the cores, divided among them.",
     ),
+    option(
+        "--enforce-eager",
+        heading="Workers",
+        is_flag=True,
+        help="Capture no CUDA graphs: ready a little sooner, each step slower. A CPU has none anyway.",
+    ),
     # For tests and for engines of one's own; says `module:function`, called as load_engine is.
     option("--engine", heading="Workers", default="headrace.workers.engines:load_engine", hidden=True),
     option(
@@ -219,6 +225,7 @@ def engine_config(values: dict[str, Any]) -> EngineConfig:
         max_batch_tokens=values["max_num_batched_tokens"],
         kv_tokens=values["kv_tokens"],
         prefix_cache=values["prefix_cache"],
+        cuda_graphs=not values["enforce_eager"],
         dtype=values["dtype"],
         device=values["device"],
     )

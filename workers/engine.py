@@ -191,6 +191,8 @@ class Engine:
         while self.has_work:
             self.step(0.0)
         self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
+        if self.config.cuda_graphs and self._runner.can_capture:
+            self._runner.capture()
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""
@@ -203,6 +205,7 @@ class Engine:
             "prefix_hits": scheduler.stats.prefix_hits,
             "prefix_queries": scheduler.stats.prefix_queries,
             "preemptions": scheduler.stats.preemptions,
+            "graph_replays": self._runner.num_replays,
             "generated_tokens": self._generated_tokens,
             "prompt_tokens": self._prompt_tokens,
         }

@@ -11,6 +11,7 @@ import torch
 
 from headrace.kernels.kv import KVCache
 from headrace.workers.batch import BatchBuilder
+from headrace.workers.graphs import DecodeGraphs, StaticDecode
 from headrace.workers.sampler import Choice, Sampler
 from headrace.workers.scheduler import Plan
 
@@ -37,13 +38,41 @@ class Runner:
             device=device,
         )
         self._sampler = Sampler(num_rows=max_num_seqs, device=device)
+        self._num_rows = max_num_seqs
+        self._max_model_len = max_model_len
+        self._graphs: DecodeGraphs | None = None
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether steps can become graphs: only on a GPU."""
+        return self.kv.layer(0)[0].is_cuda
+
+    @property
+    def num_replays(self) -> int:
+        """Steps computed by a graph."""
+        return 0 if self._graphs is None else self._graphs.replays
+
+    def capture(self) -> None:
+        """Make graphs of decode steps of all sizes; call it when nothing runs."""
+        step = StaticDecode(
+            self.model,
+            self.kv,
+            num_rows=self._num_rows,
+            max_blocks=-(-self._max_model_len // self.kv.block_size),
+            max_model_len=self._max_model_len,
+        )
+        graphs = DecodeGraphs(step, self._num_rows)
+        graphs.capture()
+        self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Choice]:
         """Compute a step; one choice for each chunk that reaches the end of what its sequence knows."""
         if plan.encodes:
             self.model.encode(self._builder.build_sources(plan.encodes), self.kv)
-        batch = self._builder.build(plan.chunks)
-        logits = self.model(batch, self.kv)
+        if self._graphs is not None and self._graphs.takes(plan):
+            logits = self._graphs.run(plan.chunks)
+        else:
+            logits = self.model(self._builder.build(plan.chunks), self.kv)
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         return self._sampler.choose(logits, sampling) if sampling else []

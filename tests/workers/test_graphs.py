@@ -1,0 +1,99 @@
+"""Decode steps at fixed addresses: the tokens of the engine as it is, whatever comes, goes and fills a batch up.
+
+Here the step is computed again and again as a graph computes it, by the kernels, which Triton interprets; that it can
+be captured is for a GPU to show.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.kernels.ops.pair import kernels_on_cpu
+from headrace.workers.engine import Engine, EngineConfig
+from headrace.workers.engines import load_engine
+from headrace.workers.graphs import DecodeGraphs, StaticDecode, sizes_up_to
+from tests.support.engines import assign, generate, run
+from tests.support.kernels import Kernels
+from tests.support.tiny_models import save_model, save_t5
+
+# Triton 3.6 counts in its interpreter in a way that newer numpy dislikes.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
+PROMPTS = [[5], list(range(60, 73)), [9, 9]]
+
+
+class _Computed(DecodeGraphs):
+    """As a graph, without one: the same step on the same tensors."""
+
+    def run(self, chunks):
+        size = next(size for size in self.sizes if size >= len(chunks))
+        self._step.fill(chunks, size)
+        self.replays += 1
+        with kernels_on_cpu():
+            return self._step.compute(size)[: len(chunks)]
+
+
+def load(folder, **config) -> Engine:
+    Kernels("interpreted")  # skips where kernels are compiled
+    settings = {"kv_tokens": 512, "block_size": 8, "dtype": "float32", "max_num_seqs": 4, "device": "cpu"} | config
+    engine = load_engine(folder, EngineConfig(**settings))
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def with_static_steps(engine: Engine) -> Engine:
+    runner = engine._runner
+    length = runner._max_model_len
+    step = StaticDecode(
+        runner.model,
+        runner.kv,
+        num_rows=runner._num_rows,
+        max_blocks=-(-length // runner.kv.block_size),
+        max_model_len=length,
+    )
+    runner._graphs = _Computed(step, runner._num_rows)
+    return engine
+
+
+# All families are compared on a GPU, with real graphs (test_engine_gpu).
+@pytest.mark.parametrize("family", ["qwen2-tied", "t5"])
+def test_tokens_are_those_of_the_engine_without(tmp_path, family):
+    (save_t5 if family == "t5" else save_model)(tmp_path, family)
+    expected = generate(load(tmp_path, max_model_len=32), PROMPTS, max_tokens=5)
+    engine = with_static_steps(load(tmp_path, max_model_len=32))
+    assert generate(engine, PROMPTS, max_tokens=5) == expected
+    assert engine.load_gauges()["graph_replays"] >= 3
+    # Rows are used again, by sequences with other blocks.
+    assert generate(engine, PROMPTS[::-1], max_tokens=5) == expected[::-1]
+
+
+def test_preempted_sequences_show_their_new_blocks(tmp_path):
+    save_model(tmp_path)
+    limits = {"kv_tokens": 32, "block_size": 4, "max_model_len": 32}
+    expected = generate(load(tmp_path, **limits), PROMPTS, max_tokens=9)
+    engine = with_static_steps(load(tmp_path, **limits))
+    assert generate(engine, PROMPTS, max_tokens=9) == expected
+    assert engine.load_gauges()["preemptions"] > 0
+
+
+def test_what_fills_a_batch_up_touches_nobody(tmp_path):
+    """Three sequences take the step of four; the fourth row writes to a block of its own."""
+    save_model(tmp_path)
+    engine = with_static_steps(load(tmp_path, max_model_len=32))
+    kv = engine._runner.kv
+    outcomes = run(engine, [assign(prompt, request=n, max_tokens=3) for n, prompt in enumerate(PROMPTS)])
+    assert all(len(outcome.tokens) == 3 for outcome in outcomes)
+    keys, _ = kv.layer(0)
+    scratch = keys[kv.scratch_block * kv.block_size :][: kv.block_size]
+    assert scratch[0].abs().sum() > 0
+    assert kv.scratch_block == engine.kv_tokens // kv.block_size
+    torch.testing.assert_close(keys[-kv.block_size :], torch.zeros_like(keys[-kv.block_size :]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20]), (32, [1, 2, 4, 8, 16, 24, 32])],
+)
+def test_sizes(rows, sizes):
+    assert sizes_up_to(rows) == sizes
