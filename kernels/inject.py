@@ -66,6 +66,7 @@ class Filler:
             ModelFilesError: one is missing, they do not add up to the parameter's shape, or the policy names none.
         """
         source = self._source(parameter_name)
+        stacked = parameter.flatten(0, -2) if parameter.ndim > 2 else parameter  # experts are stacked like rows
         start = 0
         for wanted in source.tensors:
             name = self.find(wanted.removesuffix("?"), required=not wanted.endswith("?"))
@@ -75,13 +76,13 @@ class Filler:
             try:
                 rows = tensor if source.layout is None else source.layout(tensor, self._spec)
                 stop = start + len(rows)
-                if rows.shape[1:] != parameter.shape[1:] or stop > len(parameter):
+                if rows.shape[1:] != stacked.shape[1:] or stop > len(stacked):
                     raise ValueError
             except (RuntimeError, TypeError, ValueError):
                 raise self._wrong_shape(name, tensor, parameter) from None
-            parameter[start:stop].copy_(rows)
+            stacked[start:stop].copy_(rows)
             start = stop
-        if start != len(parameter):
+        if start != len(stacked):
             raise self._wrong_shape(" + ".join(source.tensors), tensor, parameter)
 
     def find(self, wanted: str, *, required: bool = True) -> str | None:

@@ -9,6 +9,7 @@ from headrace.kernels.batch import Batch
 from headrace.kernels.block import Block, Norm
 from headrace.kernels.kv import KVCache
 from headrace.kernels.linear import Linear
+from headrace.kernels.mlp import Experts
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.rotary import rotary_table
 from headrace.kernels.spec import EncoderSpec, LayerSpec, ModelSpec, RotarySpec
@@ -142,8 +143,8 @@ class Model(nn.Module):
 
         A head that is the embedding may become a copy of it: of a packed matrix no row can be looked up.
         """
-        for module in self.modules():
-            if isinstance(module, Linear):
+        for module in list(self.modules()):
+            if isinstance(module, Linear | Experts):
                 module.pack()
 
     def _embed(self, batch: Batch) -> Tensor:

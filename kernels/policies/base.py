@@ -44,7 +44,7 @@ class Policy:
         family: its name, as transformers calls the model type.
         architectures: Hugging Face class names that it covers.
         spec: makes the ModelSpec of a transformers config; raises UnsupportedModelError for what we do not compute.
-        weights: parameter -> Source. `{layer}` and `{expert}` stand for numbers.
+        weights: parameter -> Source. `{layer}` stands for a number; with `{expert}` there is a stack of each expert's.
         prefix: what some checkpoints leave out at the beginning of all names but the head's.
     """
 
@@ -60,10 +60,13 @@ class Policy:
             layers = spec.encoder.layers if spec.encoder and name.startswith("encoder.") else spec.layers
             for layer in range(len(layers)) if "{layer}" in name else (0,):
                 experts = layers[layer].mlp.experts
-                for expert in range(experts.count) if experts and "{expert}" in name else (0,):
-                    numbers = {"layer": layer, "expert": expert}
-                    tensors = tuple(tensor.format(**numbers) for tensor in source.tensors)
-                    yield name.format(**numbers), Source(tensors, source.layout)
+                each = any("{expert}" in tensor for tensor in source.tensors)
+                tensors = tuple(
+                    tensor.format(layer=layer, expert=expert)
+                    for expert in range(experts.count if experts and each else 1)
+                    for tensor in source.tensors
+                )
+                yield name.format(layer=layer), Source(tensors, source.layout)
 
 
 _ACTIVATIONS: dict[str, Activation] = {
