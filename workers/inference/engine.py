@@ -64,6 +64,8 @@ class InferenceEngine:
         self.config = loaded.config
         self.max_tokens = settings.max_tokens or loaded.model.spec.max_positions
         self.tokenizer: Any = None
+        if settings.max_tokens is not None:
+            loaded.model.reserve_positions(settings.max_tokens)
         padded = PaddedModel(loaded.model, max_tokens=self.max_tokens)
         self.device, self.dtype = padded.device, padded.dtype
         _check_memory(padded, settings.min_tokens)
