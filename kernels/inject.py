@@ -83,6 +83,7 @@ class Filler:
         """
         source = self._source(parameter_name)
         found: dict[str, Tensor] = {}
+        stacked = parameter.flatten(0, -2) if parameter.ndim > 2 else parameter  # experts are stacked like rows
         start = 0
         for wanted in source.tensors:
             name = self.find(wanted.removesuffix("?"), required=not wanted.endswith("?"))
@@ -90,14 +91,14 @@ class Filler:
                 continue
             tensor = found[name] = self._read(name)
             rows = tensor if source.layout is None else self._arranged(name, tensor, source.layout, parameter)
-            stop = start + (len(rows) if rows.ndim else len(parameter) + 1)
-            if rows.shape[1:] != parameter.shape[1:] or stop > len(parameter):
+            stop = start + (len(rows) if rows.ndim else len(stacked) + 1)
+            if rows.shape[1:] != stacked.shape[1:] or stop > len(stacked):
                 raise self._wrong_shape({name: tensor}, parameter, source.layout, list(rows.shape))
-            parameter[start:stop].copy_(rows)
+            stacked[start:stop].copy_(rows)
             start = stop
         if not found:
             raise self._lacks(" or ".join(source.tensors))
-        if start != len(parameter):
+        if start != len(stacked):
             raise self._wrong_shape(found, parameter, source.layout, f"{start} rows")
 
     def find(self, wanted: str, *, required: bool = True) -> str | None:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from headrace.kernels.linear import Linear
 from headrace.kernels.ops.activation import activate
+from headrace.kernels.ops.experts import experts
+from headrace.kernels.ops.linear import pack_weight
 from headrace.kernels.spec import MLPSpec
 
 __all__ = ["MLP", "Experts", "make_mlp"]
@@ -33,23 +35,36 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """Experts behind a router (Jiang et al., 2024, "Mixtral of Experts")."""
+    """Experts behind a router (Jiang et al., 2024, "Mixtral of Experts"), without biases."""
+
+    up: nn.Parameter | nn.ParameterList  # one stack, or a packed weight of each
+    down: nn.Parameter | nn.ParameterList
 
     def __init__(self, spec: MLPSpec, hidden_size: int) -> None:
         super().__init__()
         assert spec.experts is not None
+        assert not spec.bias, "experts have no biases"
+        count, rows = spec.experts.count, spec.size * (2 if spec.gated else 1)
+        self.spec = spec
         self.per_token = spec.experts.per_token
-        self.router = Linear(hidden_size, spec.experts.count)
-        self.experts = nn.ModuleList([MLP(spec, hidden_size) for _ in range(spec.experts.count)])
+        self.router = Linear(hidden_size, count)
+        self.up = nn.Parameter(torch.empty(count, rows, hidden_size))
+        self.down = nn.Parameter(torch.empty(count, hidden_size, spec.size))
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] to [T, hidden]: the chosen experts' answers, weighted by what the router thinks of them."""
         probabilities = self.router(x).float().softmax(-1)
         weights, chosen = probabilities.topk(self.per_token, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        out = torch.zeros_like(x)
-        for index in chosen.unique().tolist():
-            rows, rank = (chosen == index).nonzero(as_tuple=True)
-            answers = self.experts[index](x[rows]) * weights[rows, rank, None]
-            out.index_add_(0, rows, answers.to(out.dtype))
-        return out
+        return experts(x, chosen, weights / weights.sum(-1, keepdim=True), self.up, self.down, self.spec)
+
+    def pack(self) -> None:
+        """Bring each expert's weights into the layout that their device multiplies fastest."""
+        for name in ("up", "down"):
+            packed = [pack_weight(weight) for weight in getattr(self, name)]
+            if any(weight.is_mkldnn for weight in packed):
+                delattr(self, name)
+                setattr(self, name, nn.ParameterList([nn.Parameter(weight, requires_grad=False) for weight in packed]))
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"{len(self.up)} experts of {self.spec.size}, {self.per_token} a token"

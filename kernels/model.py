@@ -9,13 +9,14 @@ from headrace.kernels.batch import Batch
 from headrace.kernels.block import Block, Norm
 from headrace.kernels.kv import KVCache
 from headrace.kernels.linear import Linear
+from headrace.kernels.mlp import Experts
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.rotary import rotary_table
 from headrace.kernels.spec import EncoderSpec, LayerSpec, ModelSpec, RotarySpec
 
 __all__ = ["Encoder", "Model"]
 
-_FIRST_POSITIONS = 8192  # a table for a million positions would be half a gigabyte
+_FIRST_POSITIONS = 8192  # if nobody says how many: a table for a million positions would be half a gigabyte
 
 
 class Encoder(nn.Module):
@@ -157,9 +158,21 @@ class Model(nn.Module):
 
         A head that is the embedding may become a copy of it: of a packed matrix no row can be looked up.
         """
-        for module in self.modules():
-            if isinstance(module, Linear):
+        for module in list(self.modules()):
+            if isinstance(module, Linear | Experts):
                 module.pack()
+
+    def reserve_positions(self, count: int) -> None:
+        """Make the tables of rotary positions for contexts of so many tokens; at most for those it was made for.
+
+        Up to there steps allocate nothing and wait for nothing. Tables of more positions stay as they are.
+        """
+        count = min(self.spec.max_positions, count)
+        device = self.embedding.weight.device
+        for rotary in {layer.rotary for layer in self.spec.layers if layer.rotary is not None}:
+            table = self._tables.get(rotary)
+            if table is None or len(table) < count:
+                self._tables[rotary] = rotary_table(rotary, count, device)
 
     def _embed(self, batch: Batch) -> Tensor:
         spec = self.spec.embedding
@@ -185,10 +198,10 @@ class Model(nn.Module):
         return batch.shared(rotary, lambda: self._rotary_table(rotary, batch)[batch.positions])
 
     def _rotary_table(self, rotary: RotarySpec, batch: Batch) -> Tensor:
-        """Cosines and sines of all positions up to the longest context so far, and then some."""
+        """Cosines and sines of all reserved positions, and of as many as the longest context needs, and then some."""
         longest = max(batch.context_lens_host)
         table = self._tables.get(rotary)
         if table is None or longest > len(table):
-            size = min(self.spec.max_positions, max(_FIRST_POSITIONS, 2 * longest))
-            table = self._tables[rotary] = rotary_table(rotary, size, batch.positions.device)
+            self.reserve_positions(max(_FIRST_POSITIONS, 2 * longest))
+            table = self._tables[rotary]
         return table

@@ -29,6 +29,7 @@ class Runner:
     ) -> None:
         parameter = next(model.parameters())
         device = parameter.device
+        model.reserve_positions(max_model_len)
         self.model = model
         self.kv = KVCache(model.spec, num_blocks, block_size, parameter.dtype, device)
         self._builder = BatchBuilder(

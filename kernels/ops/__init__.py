@@ -10,6 +10,6 @@ cuBLAS and `sampling` has no kernel yet; both run anywhere.
 A kernel computes in float32 and rounds at the edge, takes any shape, and reads nothing that is masked: what is not a
 number stays where it is. Tile sizes are fixed in a table at the top of each file, with the reason; nothing is tuned at
 start. What changes from step to step (lengths, splits, strides of tables) is no reason to compile again: a kernel is
-compiled once for each kind of layer, and attention for prompts, decodes and decodes whose contexts are split. Launches
-go to the current device.
+compiled once for each kind of layer, experts for few tokens and for many, and attention for prompts, decodes and
+decodes whose contexts are split. Launches go to the current device.
 """

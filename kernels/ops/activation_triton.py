@@ -39,6 +39,15 @@ def _activate(x, out, SIZE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.co
     held = columns < SIZE
     start = x + row * (2 * SIZE if GATED else SIZE)
     value = tl.load(start + columns, mask=held, other=0.0).to(tl.float32)
+    value = activated(value, ACTIVATION)
+    if GATED:
+        value *= tl.load(start + SIZE + columns, mask=held, other=0.0).to(tl.float32)
+    tl.store(out + row * SIZE + columns, value.to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def activated(value, ACTIVATION: tl.constexpr):
+    """The activation of a float32."""
     if ACTIVATION == "silu":
         value *= sigmoid(value)
     elif ACTIVATION == "relu":
@@ -48,6 +57,4 @@ def _activate(x, out, SIZE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.co
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         value *= 0.5 * (1.0 + tanh(0.7978845608028654 * (value + 0.044715 * value * value * value)))
-    if GATED:
-        value *= tl.load(start + SIZE + columns, mask=held, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + columns, value.to(out.dtype.element_ty), mask=held)
+    return value

@@ -49,7 +49,7 @@ class Policy:
         spec: makes the ModelSpec of a transformers config, whose `architectures` names the class; raises
             UnsupportedModelError for what we do not compute, and ModelFilesError where it was given code that raises
             anything else.
-        weights: parameter -> Source. `{layer}` and `{expert}` stand for numbers.
+        weights: parameter -> Source. `{layer}` stands for a number; with `{expert}` there is a stack of each expert's.
         prefix: what some checkpoints leave out at the beginning of all names but the head's.
     """
 
@@ -71,21 +71,25 @@ class Policy:
             layers = spec.encoder.layers if spec.encoder and name.startswith("encoder.") else spec.layers
             for layer in range(len(layers)) if "{layer}" in name else (0,):
                 experts = layers[layer].mlp.experts
-                for expert in range(experts.count) if experts and "{expert}" in name else (0,):
-                    numbers = {"layer": layer, "expert": expert}
-                    yield self._numbered(name, numbers), self._numbered_source(name, source, numbers)
+                count = experts.count if experts and _names_experts(source) else 1
+                yield self._numbered(name, {"layer": layer}), self._numbered_source(name, source, layer, count)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", _with_typed_errors(self.spec, self.family))
 
-    def _numbered_source(self, name: str, source: Source, numbers: dict[str, int]) -> Source:
+    def _numbered_source(self, name: str, source: Source, layer: int, num_experts: int) -> Source:
         if not isinstance(source, Source):
             raise ModelFilesError(
                 f"The policy of {self.family!r} has a {type(source).__name__} for {name!r}; write stack(...) around "
                 "the names of its tensors.",
                 param="policy",
             )
-        return Source(tuple(self._numbered(tensor, numbers) for tensor in source.tensors), source.layout)
+        tensors = tuple(
+            self._numbered(tensor, {"layer": layer, "expert": expert})
+            for expert in range(num_experts)
+            for tensor in source.tensors
+        )
+        return Source(tensors, source.layout)
 
     def _numbered(self, name: str, numbers: dict[str, int]) -> str:
         try:
@@ -96,6 +100,10 @@ class Policy:
                 "Correct it.",
                 param="policy",
             ) from None
+
+
+def _names_experts(source: object) -> bool:
+    return isinstance(source, Source) and any("{expert}" in tensor for tensor in source.tensors)
 
 
 def _with_typed_errors(spec: Callable[[Any], ModelSpec], family: str) -> Callable[[Any], ModelSpec]:

@@ -63,6 +63,14 @@ def test_a_path_may_be_text(folder):
     assert init_inference(str(folder), device="cpu").module.spec == init_inference(folder, device="cpu").module.spec
 
 
+def test_positions_are_reserved_for_as_many_tokens_as_were_asked_for():
+    engine = init_inference(make_model("llama"), device="cpu", max_tokens=50)
+    assert [len(table) for table in engine.module._tables.values()] == [50]
+    ids = torch.arange(40)[None]
+    engine.generate(ids, torch.ones_like(ids), max_new_tokens=10, eos_token_id=[], pad_token_id=0)
+    assert [len(table) for table in engine.module._tables.values()] == [50]
+
+
 def test_the_defaults_of_a_folder_are_those_of_transformers(tmp_path):
     reference = make_model("gpt2")
     reference.generation_config.max_new_tokens = 7

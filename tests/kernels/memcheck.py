@@ -27,11 +27,12 @@ import triton.language as tl
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.attention import paged_attention
+from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.norm import add_norm, norm
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
 from headrace.kernels.spec import AttentionSpec, RotarySpec
-from tests.kernels.test_pairs import ACTIVATIONS, NORMS, QK_NORMS
+from tests.kernels.test_pairs import ACTIVATIONS, CROWDS, NORMS, QK_NORMS, make_experts
 from tests.kernels.test_pairs_attention import EXTRAS, make_spec
 from tests.support.batches import make_batch
 from tests.support.kernels import Kernels
@@ -79,6 +80,20 @@ def activate_cases() -> Iterator[Case]:
         x = torch.randn(rows, size * (2 if gated else 1)).to(dtype)
         name_of_case = f"{name} {dtype} {'gated' if gated else 'plain'} {(rows, size)}"
         yield name_of_case, lambda run, x=x, name=name, gated=gated: run(activate, x, name, gated=gated)
+
+
+def experts_cases() -> Iterator[Case]:
+    """Few tokens of an expert and many; experts that nobody asks, and one that all do; no token."""
+    for dtype, crowd, activation, gated in [
+        *product(DTYPES, [CROWDS[1]], ["silu"], [True]),
+        *product([BFLOAT], [CROWDS[0], CROWDS[2], (0, 40, 24, 4, 2)], ["gelu"], [False]),
+        *product([HALF], [(300, 72, 104, 60, 4)], ["silu"], [True]),
+    ]:
+        arguments = make_experts(dtype, crowd, activation, gated)
+        yield f"{dtype} {crowd} {activation} {gated}", lambda run, arguments=arguments: run(experts, *arguments)
+    x, chosen, *rest = make_experts(BFLOAT, CROWDS[1], "silu", True)
+    last = torch.full_like(chosen, CROWDS[1][3] - 1)
+    yield "all ask the last", lambda run: run(experts, x, last, *rest)
 
 
 # (heads, kv heads, head dim, pairs that turn)
@@ -207,6 +222,7 @@ def _sum(x, out, size, BLOCK: tl.constexpr):  # noqa: N803  # constants of a ker
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "activate": activate_cases,
     "add_norm": add_norm_cases,
+    "experts": experts_cases,
     "full_attention": full_attention_cases,
     "norm": norm_cases,
     "paged_attention": paged_attention_cases,

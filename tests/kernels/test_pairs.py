@@ -19,9 +19,10 @@ import torch
 
 from headrace.kernels import ops
 from headrace.kernels.ops.activation import activate
+from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.norm import add_norm, norm
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
-from headrace.kernels.spec import AttentionSpec, NormSpec, RotarySpec
+from headrace.kernels.spec import Activation, AttentionSpec, ExpertsSpec, MLPSpec, NormSpec, RotarySpec
 from tests.support.kernels import Kernels, cases, to_device
 
 # float32: sums of a thousand numbers in another order. 16 bits: the result is rounded once, to 8 or 11 digits; the
@@ -62,7 +63,15 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         reference = importlib.import_module(f"headrace.kernels.ops.{name}")
         for op in kernel.__all__:
             assert inspect.signature(getattr(reference, op)) == inspect.signature(getattr(kernel, op)), op
-    assert paired_ops() == {"activate", "add_norm", "full_attention", "norm", "paged_attention", "rotate_and_cache"}
+    assert paired_ops() == {
+        "activate",
+        "add_norm",
+        "experts",
+        "full_attention",
+        "norm",
+        "paged_attention",
+        "rotate_and_cache",
+    }
 
 
 def test_the_cpu_needs_no_triton():
@@ -165,6 +174,57 @@ def test_activations_end_well_at_extremes(kernels: Kernels, case):
     torch.testing.assert_close(found[:, :5], expected[:, :5], rtol=0, atol=1e-30)
     torch.testing.assert_close(found[:, 6:8], expected[:, 6:8])
     assert found[0, 8].isnan()
+
+
+# ----------------------------------------------------------------------------------------------------------- experts
+
+# (tokens, hidden, size, experts, experts of a token): one token; few for each expert, most of them asked; many, in
+# several tiles; a number of experts that is no power of two, and of pairs that no tile divides.
+CROWDS = [(1, 40, 24, 4, 2), (7, 72, 104, 5, 2), (70, 33, 50, 3, 1)]
+GPU_CROWDS = [(1, 1024, 3000, 8, 2), (64, 1024, 1500, 8, 2), (300, 512, 776, 60, 4), (2000, 520, 264, 8, 2)]
+
+
+def make_experts(dtype: torch.dtype, crowd: tuple[int, int, int, int, int], activation: Activation, gated: bool):
+    """Arguments of the op; outputs are about as large as inputs."""
+    tokens, hidden, size, count, per_token = crowd
+    spec = MLPSpec(size=size, activation=activation, gated=gated, experts=ExpertsSpec(count=count, per_token=per_token))
+    weights, chosen = torch.rand(tokens, count).topk(per_token, dim=-1)
+    up = torch.randn(count, size * (2 if gated else 1), hidden).mul(1.5 * hidden**-0.5).to(dtype)
+    down = torch.randn(count, hidden, size).mul(1.5 * size**-0.5).to(dtype)
+    return torch.randn(tokens, hidden).to(dtype), chosen, weights / weights.sum(-1, keepdim=True), up, down, spec
+
+
+@cases(
+    [*product(DTYPES, CROWDS[1:2], ["silu"], [True]), *product(DTYPES[:1], CROWDS, ["gelu"], [True, False])],
+    [*product(DTYPES, CROWDS + GPU_CROWDS, ["silu"], [True]), *product(DTYPES, GPU_CROWDS[:1], ["relu"], [False])],
+)
+def test_experts(kernels: Kernels, case):
+    dtype = case[0]
+    x, chosen, weights, up, down, spec = make_experts(*case)
+    expected = experts(x.float(), chosen, weights, up.float(), down.float(), spec)
+    # What is between the two products is rounded as well; and sums of so many terms, of values up to 4, in another
+    # order differ by the root of their number.
+    slack = 2 * TOLERANCE[dtype] + 4 * 2**-24 * spec.size**0.5
+    check(kernels(experts, x, chosen, weights, up, down, spec), expected, dtype, slack)
+
+
+@cases(["all ask one", "one is not a number"])
+def test_experts_of_a_crowd(kernels: Kernels, case):
+    x, chosen, weights, up, down, spec = make_experts(torch.float32, (40, 33, 50, 3, 2), "silu", True)
+    chosen = torch.tensor([2, 0]).expand(40, 2) if case == "all ask one" else chosen
+    expected = experts(x, chosen, weights, up, down, spec)
+    if case == "one is not a number":
+        x[17] = math.nan
+    found = kernels(experts, x, chosen, weights, up, down, spec)
+    others = torch.arange(40) != 17
+    check(found[others], expected[others], torch.float32, 4e-6)
+    assert bool(found[17].isnan().all()) == (case == "one is not a number")
+
+
+@cases(["experts"])
+def test_nobody_asks_no_expert(kernels: Kernels, case):
+    x, chosen, weights, *rest = make_experts(torch.float32, (1, 40, 24, 4, 2), "silu", True)
+    assert kernels(experts, x[:0], chosen[:0], weights[:0], *rest).shape == (0, 40)
 
 
 # ------------------------------------------------------------------------------------------------ rotation and cache

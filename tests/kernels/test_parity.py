@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headrace.kernels import model as model_module
 from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
 from headrace.workers.loader import load_model
@@ -68,3 +69,21 @@ def test_narrow_logits_are_as_near_to_float32_as_those_of_transformers(pair, dty
     cache = KVCache(model.spec, 64, BLOCK, dtype, "cpu")
     ours = logits_of(model, cache, [text], {0: (60, 60)})[0].float() - exact
     assert root_mean_square(ours, model) < MARGIN * root_mean_square(theirs, model)
+
+
+@torch.inference_mode()
+def test_positions_that_nobody_reserved_are_made_when_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_module, "_FIRST_POSITIONS", 8)
+    reference = save_model(tmp_path, "llama", max_position_embeddings=40)
+    model = load_model(tmp_path, dtype="float32")
+    cache = KVCache(model.spec, 64, BLOCK, torch.float32, "cpu")
+    text = list(range(40))
+    parts, sizes = [], []
+    for count, total in ((5, 5), (6, 11), (29, 40)):
+        parts.append(logits_of(model, cache, [text], {0: (count, total)})[0])
+        sizes += [len(table) for table in model._tables.values()]
+    wanted = reference(torch.tensor([text])).logits[0]
+    torch.testing.assert_close(torch.cat(parts), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    assert sizes == [10, 22, 40]
+    model.reserve_positions(20)
+    assert len(next(iter(model._tables.values()))) == 40

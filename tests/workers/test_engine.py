@@ -336,11 +336,16 @@ def test_warming_up_leaves_no_trace(one):
     assert engine.steps > 0
 
 
-def test_a_long_context_makes_the_position_table_grow(tmp_path):
-    reference = save_model(tmp_path, "llama", max_position_embeddings=20_000)
-    engine = load(tmp_path, kv_tokens=9216, block_size=128)
-    (text,) = texts(8300)
-    assert generate(engine, [text], max_tokens=4) == [greedy(reference, text, 4)]
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3", 2)])
+def test_positions_are_reserved_once_and_no_more_than_the_engine_serves(tmp_path, family, kinds):
+    reference = save_model(tmp_path, family, max_position_embeddings=1_000_000)
+    engine = load(tmp_path, max_model_len=300)
+    tables = engine._runner.model._tables
+    before = dict(tables)
+    assert [len(table) for table in before.values()] == [300] * kinds
+    (text,) = texts(290)
+    assert generate(engine, [text], max_tokens=10) == [greedy(reference, text, 10)]
+    assert all(tables[kind] is table for kind, table in before.items())
 
 
 def test_random_traffic_ends_with_an_empty_engine(one):

@@ -60,6 +60,8 @@ class InferenceEngine:
         self.config = loaded.config
         self.max_tokens = settings.max_tokens or loaded.model.spec.max_positions
         self.tokenizer: Any = None
+        if settings.max_tokens is not None:
+            loaded.model.reserve_positions(settings.max_tokens)
         kind = _kind(loaded, self.max_tokens)
         self.device, self.dtype = kind.device, kind.dtype
         _check_memory(kind, settings.min_tokens)

@@ -170,8 +170,10 @@ def _norm(layer: LayerSpec) -> str:
 
 
 def _mlp(spec: MLPSpec, linear: str) -> str:
-    experts = f", {spec.experts.per_token} of {spec.experts.count} experts a token" if spec.experts else ""
-    return f"activate, {spec.activation}{', gate stacked on up' if spec.gated else ''}{experts}, between {linear}"
+    how = f"{spec.activation}{', gate stacked on up' if spec.gated else ''}"
+    if spec.experts:
+        return f"experts, {how}, {spec.experts.per_token} of {spec.experts.count} experts a token"
+    return f"activate, {how}, between {linear}"
 
 
 def _size(count: int) -> str:
