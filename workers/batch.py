@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from headrace.kernels.batch import Batch
+from headrace.workers.device import upload
 from headrace.workers.scheduler import Chunk
 from headrace.workers.sequence import Sequence
 
@@ -110,7 +111,7 @@ class BatchBuilder:
         return self._tensor(tables.blocks[rows, : -(-max(contexts) // self._block_size)])
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return upload(values, self._device)
 
 
 class _Tables:

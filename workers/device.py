@@ -1,12 +1,16 @@
-"""Where an engine computes: a setting made into a device of this machine."""
+"""Where an engine computes: a setting made into a device of this machine, and numbers brought there."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from headrace.errors import ConfigError
 
-__all__ = ["pick_device"]
+__all__ = ["pick_device", "upload"]
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -29,3 +33,11 @@ def pick_device(wanted: str) -> torch.device:
         )
     torch.cuda.set_device(index)  # kernels are launched on the current device
     return torch.device("cuda", index)
+
+
+def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """Numbers on a device: those of a CPU share the array's memory, to a GPU they are copied without waiting."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda" or not tensor.numel():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # whose memory is kept until it was copied

@@ -15,7 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.kernels.ops.sampling import Bias, Logprobs, Penalties, SamplingRows, sample
+from headrace.kernels.ops.sampling import (
+    UNDECIDED,
+    Bias,
+    Logprobs,
+    Penalties,
+    Sampled,
+    SamplingRows,
+    sample_ahead,
+    settle,
+)
+from headrace.workers.device import upload
 from headrace.workers.sequence import Sequence
 
 __all__ = ["Choice", "Sampler"]
@@ -87,17 +97,24 @@ class Sampler:
     def choose(self, logits: Tensor, sequences: Items[Sequence]) -> list[Choice]:
         """The next token of each sequence, whose logits are the rows of `logits`."""
         rows = self._settings(sequences)
-        sampled = sample(logits, rows)
-        tokens: list[int] = sampled.tokens.tolist()
-        logprobs: list[list[Any] | None] = [None] * len(tokens)
-        if rows is not None and rows.logprob_rows is not None and sampled.logprobs is not None:
-            wanted = [sequence.sampling.logprobs for sequence in sequences]
-            for row, entry in zip(rows.logprob_rows.tolist(), _unpack(sampled.logprobs), strict=True):
-                logprobs[row] = [entry[0], entry[1][: wanted[row]]]
+        sampled = sample_ahead(logits, rows)
+        tokens, entries = self._read(sampled)
+        if UNDECIDED in tokens:
+            assert rows is not None
+            tokens, entries = self._read(settle(sampled, logits, rows))
+        wanted = [sequence.sampling.logprobs for sequence in sequences]
+        given = iter(entries)
+        logprobs = [None if count is None else _cut(next(given), count) for count in wanted]
         return [
             Choice(sequence, None if token < 0 else token, entry)
             for sequence, token, entry in zip(sequences, tokens, logprobs, strict=True)
         ]
+
+    @staticmethod
+    def _read(sampled: Sampled) -> tuple[list[int], list[list[Any]]]:
+        """Tokens of all rows, log probabilities of those that want them: the one place that waits for the device."""
+        tokens: list[int] = sampled.tokens.tolist()
+        return tokens, [] if sampled.logprobs is None else _unpack(sampled.logprobs)
 
     def _settings(self, sequences: Items[Sequence]) -> SamplingRows | None:
         """The settings of the rows at hand, or None if all are plain greedy ones."""
@@ -193,7 +210,12 @@ class Sampler:
         )
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return upload(values, self._device)
+
+
+def _cut(entry: list[Any], count: int) -> list[Any]:
+    """Of the likeliest tokens as many as a row asked for; all rows got what the one that wants most got."""
+    return [entry[0], entry[1][:count]]
 
 
 def _unpack(logprobs: Logprobs) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""Choosing the next token of every row of logits: the PyTorch reference.
+"""Choosing the next token of every row of logits.
 
 The function, row by row, on fp32:
 
@@ -18,7 +18,11 @@ Noise is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2
 
 A draw depends on (seed, choice, position) and its own logits, never on its neighbours in the batch or on the step it
 falls into, so a replayed stream goes on with the draws that would have come. The fourth counter word is for other uses
-of the same stream. Three facts keep the reference fast on a CPU without changing the function: the k largest values
+of the same stream.
+
+`draw` (steps 2 to 4) is a pair; the rest runs anywhere. On a device nothing waits: `sample_ahead` leaves a token
+UNDECIDED where only a look at the logits tells how much has to be sorted, and whoever reads the tokens has the few of
+them settled. Three facts keep the reference fast on a CPU without changing the function: the k largest values
 lie in the k blocks with the largest maxima; a kept set is all tokens above one threshold; and no token further than
 MAX_NOISE below the best score can win, so noise is drawn for few.
 """
@@ -31,25 +35,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.kernels.ops.pair import pair
+
 __all__ = [
+    "CANDIDATES",
     "MAX_NOISE",
+    "UNDECIDED",
     "Bias",
     "Logprobs",
     "Penalties",
     "Sampled",
     "SamplingRows",
     "dense_noise",
+    "draw",
     "edit_logits",
     "gumbel_noise",
+    "largest_values",
     "noise_of",
     "philox",
     "sample",
+    "sample_ahead",
+    "scaled",
+    "settle",
+    "threshold",
 ]
 
 MAX_NOISE = -math.log(-math.log1p(-(2.0**-33))) + 1e-4  # rounding of fp32 included
 
 _BLOCK = 64  # tokens whose maximum is taken together
-_CANDIDATES = (64, 1024)  # sizes tried before the whole vocabulary
+CANDIDATES = (64, 1024)  # sizes tried before the whole vocabulary
+UNDECIDED = -2  # instead of a token
 _MASK = 0xFFFFFFFF
 
 
@@ -105,7 +120,10 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """The chosen tokens; -1 where a row's logits were not numbers or nothing was left to choose from."""
+    """The chosen tokens; -1 where a row's logits were not numbers or nothing was left to choose from.
+
+    Of `sample_ahead` there may be UNDECIDED ones.
+    """
 
     tokens: Tensor  # [R] int64
     logprobs: Logprobs | None
@@ -113,20 +131,32 @@ class Sampled:
 
 def sample(logits: Tensor, rows: SamplingRows | None = None) -> Sampled:
     """Choose a token for each row of `logits` [R, vocab]; without `rows` all are greedy."""
+    sampled = sample_ahead(logits, rows)
+    if rows is not None and bool((sampled.tokens == UNDECIDED).any()):
+        return settle(sampled, logits, rows)
+    return sampled
+
+
+def sample_ahead(logits: Tensor, rows: SamplingRows | None = None) -> Sampled:
+    """As `sample`, but on a device nothing waits, and tokens may be UNDECIDED."""
     if rows is None:
         tokens, largest = _argmax(logits)
         return Sampled(tokens=torch.where(largest.isfinite(), tokens, -1), logprobs=None)
     edited = edit_logits(logits, rows)
     tokens, largest = _argmax(edited)
-    good = largest.isfinite()
     if rows.drawn is not None:
-        drawn = rows.drawn[good[rows.drawn]]
-        tokens[drawn] = _draw(edited, largest, rows, drawn)
-    tokens = torch.where(good, tokens, -1)
-    logprobs = None
-    if rows.logprob_rows is not None:
-        logprobs = _logprobs(logits[rows.logprob_rows].float(), tokens[rows.logprob_rows], rows.num_logprobs)
-    return Sampled(tokens=tokens, logprobs=logprobs)
+        tokens[rows.drawn] = draw(edited, largest, rows, rows.drawn)
+    tokens = torch.where(largest.isfinite(), tokens, -1)
+    return Sampled(tokens=tokens, logprobs=_logprobs(logits, tokens, rows))
+
+
+def settle(sampled: Sampled, logits: Tensor, rows: SamplingRows) -> Sampled:
+    """What `sample` would have returned: UNDECIDED tokens of `sample_ahead` are drawn."""
+    edited = edit_logits(logits, rows)
+    undecided = (sampled.tokens == UNDECIDED).nonzero()[:, 0]
+    tokens = sampled.tokens.clone()
+    tokens[undecided] = _draw(edited, _argmax(edited)[1], rows, undecided)
+    return Sampled(tokens=tokens, logprobs=_logprobs(logits, tokens, rows))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -199,7 +229,7 @@ def _argmax(values: Tensor) -> tuple[Tensor, Tensor]:
     return block * _BLOCK + offset, inside.gather(1, offset[:, None])[:, 0].float()
 
 
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def largest_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest values of each row, falling, and their indexes; of equal values at the end, any."""
     vocab = values.shape[1]
     num_blocks = vocab // _BLOCK
@@ -220,13 +250,16 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return top.values, indices.gather(1, top.indices)
 
 
-def _logprobs(raw: Tensor, tokens: Tensor, count: int) -> Logprobs:
+def _logprobs(logits: Tensor, tokens: Tensor, rows: SamplingRows) -> Logprobs | None:
+    if rows.logprob_rows is None:
+        return None
+    raw, tokens, count = logits[rows.logprob_rows].float(), tokens[rows.logprob_rows], rows.num_logprobs
     total = raw.logsumexp(-1, keepdim=True)
     chosen = raw.gather(1, tokens.clamp(min=0)[:, None]) - total
     if count == 0:
         empty = raw.new_empty((len(raw), 0))
         return Logprobs(chosen=chosen[:, 0], top_tokens=empty.long(), top=empty)
-    values, indices = _largest(raw, min(raw.shape[1], max(64, count)))
+    values, indices = largest_values(raw, min(raw.shape[1], max(64, count)))
     indices, order = indices.sort(-1)
     values, order = torch.sort(values.gather(1, order), dim=-1, descending=True, stable=True)
     return Logprobs(chosen=chosen[:, 0], top_tokens=indices.gather(1, order)[:, :count], top=values[:, :count] - total)
@@ -235,16 +268,40 @@ def _logprobs(raw: Tensor, tokens: Tensor, count: int) -> Logprobs:
 # ---------------------------------------------------------------------------------------------------------- drawing
 
 
-def _draw(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) -> Tensor:
-    """Steps 2 to 4 for the rows `drawn`: tried on the likeliest tokens alone, which nearly always decide."""
+@pair
+def draw(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) -> Tensor:
+    """Steps 2 to 4: tokens [D] of the rows `drawn`.
+
+    Args:
+        logits: [R, vocab], edited.
+        largest: [R] float32, of each row; where it is no number, any token comes out.
+        rows: how they are to be sampled.
+        drawn: [D] int64.
+    """
+    good = largest[drawn].isfinite()
+    if bool(good.all()):
+        return _draw(logits, largest, rows, drawn)
+    tokens = torch.full_like(drawn, -1)
+    tokens[good] = _draw(logits, largest, rows, drawn[good])
+    return tokens
+
+
+def scaled(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) -> Tensor:
+    """The z of all tokens [D, vocab] float32: what a logit is short of the largest, by temperature."""
     z = (logits.float() if len(drawn) == len(logits) else logits[drawn].float()) - largest[drawn][:, None]
     z /= rows.temperature[drawn][:, None]
+    return z
+
+
+def _draw(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) -> Tensor:
+    """`draw` for rows that hold numbers: tried on the likeliest tokens alone, which nearly always decide."""
+    z = scaled(logits, largest, rows, drawn)
     tokens = torch.empty_like(drawn)
     left = torch.arange(len(drawn), device=drawn.device)
-    for size in _CANDIDATES:
+    for size in CANDIDATES:
         part, picked = z[left] if len(left) < len(z) else z, drawn[left]
-        values, indices = _largest(part, size)
-        keep, known = _threshold(part, values, rows, picked)
+        values, indices = largest_values(part, size)
+        keep, known = threshold(part, values, rows, picked)
         score = values + gumbel_noise(rows.seeds[picked], rows.choices[picked], rows.positions[picked], indices)
         best = score.masked_fill_(values < keep[:, None], -math.inf).amax(-1)
         # A token outside has at most the last candidate's z.
@@ -258,7 +315,7 @@ def _draw(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) ->
             return tokens
     for row in left.tolist():
         values = z[row][None].sort(-1, descending=True).values
-        keep, _ = _threshold(z[row][None], values, rows, drawn[row][None])
+        keep, _ = threshold(z[row][None], values, rows, drawn[row][None])
         tokens[row] = _draw_alone(z[row], float(keep[0]), -math.inf, rows, drawn[row])
     return tokens
 
@@ -273,10 +330,12 @@ def _draw_alone(z: Tensor, keep: float, best: float, rows: SamplingRows, row: Te
     return (z + dense_noise(*of_row, len(z))[0]).masked_fill_(z < keep, -math.inf).argmax()
 
 
-def _threshold(z: Tensor, values: Tensor, rows: SamplingRows, picked: Tensor) -> tuple[Tensor, Tensor]:
+def threshold(
+    z: Tensor, values: Tensor, rows: SamplingRows, picked: Tensor, *, may_wait: bool = True
+) -> tuple[Tensor, Tensor]:
     """The z that a token must reach (step 3), from the largest `values` of each row, falling.
 
-    The second result is False where they are too few to tell.
+    The second result is False where they are too few to tell. If it may wait for the device, it can spare work.
     """
     size, vocab = values.shape[1], z.shape[1]
     keep = rows.min_p[picked].log()
@@ -293,7 +352,7 @@ def _threshold(z: Tensor, values: Tensor, rows: SamplingRows, picked: Tensor) ->
         weights = values.double().exp_().masked_fill_(values < kth[:, None], 0.0)
         complete = (values[:, -1] < kth) | (size == vocab)
         total = weights.sum(-1)
-        if not bool(complete.all()):
+        if not (may_wait and bool(complete.all())):
             total = torch.where(complete, total, z.exp().sum(-1, dtype=torch.float64))
         reached = (weights.cumsum(-1) < (top_p * total)[:, None]).sum(-1)
         nucleus = values.gather(1, reached.clamp(max=size - 1)[:, None])[:, 0]

@@ -31,9 +31,11 @@ from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.norm import add_norm, norm
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
+from headrace.kernels.ops.sampling import draw
 from headrace.kernels.spec import AttentionSpec, RotarySpec
 from tests.kernels.test_pairs import ACTIVATIONS, CROWDS, NORMS, QK_NORMS, make_experts
 from tests.kernels.test_pairs_attention import EXTRAS, make_spec
+from tests.kernels.test_sampling_gpu import make_rows
 from tests.support.batches import make_batch
 from tests.support.kernels import Kernels
 
@@ -80,6 +82,22 @@ def activate_cases() -> Iterator[Case]:
         x = torch.randn(rows, size * (2 if gated else 1)).to(dtype)
         name_of_case = f"{name} {dtype} {'gated' if gated else 'plain'} {(rows, size)}"
         yield name_of_case, lambda run, x=x, name=name, gated=gated: run(activate, x, name, gated=gated)
+
+
+def draw_cases() -> Iterator[Case]:
+    """Vocabularies short of a tile, one more than a tile, in parts; one row, the last of several; filters and none."""
+    for count, vocab, settings in [
+        (1, 5, {}),
+        (1, 1025, {"temperature": 0.5}),
+        (3, 20_003, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}),
+        (3, 20_003, {"top_k": 3000}),
+        (7, 1001, {"min_p": 0.05}),
+        (300, 1001, {}),
+    ]:
+        logits, rows = torch.randn(count, vocab), make_rows(count, **settings)
+        drawn = torch.arange(count - 1, -1, -2)
+        arguments = (logits, logits.amax(-1), dataclasses.replace(rows, temperature=torch.ones(count)), drawn)
+        yield f"{count} rows of {vocab}, {settings}", lambda run, arguments=arguments: run(draw, *arguments)
 
 
 def experts_cases() -> Iterator[Case]:
@@ -222,6 +240,7 @@ def _sum(x, out, size, BLOCK: tl.constexpr):  # noqa: N803  # constants of a ker
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "activate": activate_cases,
     "add_norm": add_norm_cases,
+    "draw": draw_cases,
     "experts": experts_cases,
     "full_attention": full_attention_cases,
     "norm": norm_cases,

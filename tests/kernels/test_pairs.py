@@ -66,6 +66,7 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
     assert paired_ops() == {
         "activate",
         "add_norm",
+        "draw",
         "experts",
         "full_attention",
         "norm",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from headrace.errors import ConfigError
-from headrace.workers.device import pick_device
+from headrace.workers.device import pick_device, upload
 
 
 @pytest.fixture
@@ -44,3 +45,15 @@ def test_a_gpu_that_is_not_there_is_refused(gpus, wanted, count):
     with pytest.raises(ConfigError, match=f"has {count} GPU") as caught:
         pick_device(wanted)
     assert caught.value.param == "device"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_uploaded_arrives_whatever_becomes_of_the_array(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    arrays = [np.arange(size, dtype=kind) for size in (0, 1, 100_000) for kind in (np.int64, np.int32, np.float32)]
+    for _ in range(20 if device == "cuda" else 1):
+        uploaded = [upload(array.copy(), torch.device(device)) for array in arrays]
+        for array, tensor in zip(arrays, uploaded, strict=True):
+            assert tensor.device.type == device
+            assert np.array_equal(tensor.cpu().numpy(), array)

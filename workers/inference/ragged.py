@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from headrace.kernels.batch import Batch
+from headrace.workers.device import upload
 from headrace.workers.inference.cache import BLOCK_SIZE, PagedCache
 
 __all__ = ["Texts", "Wanted", "kept_columns", "last_columns", "pack", "pack_texts", "source_slots", "unpack"]
@@ -71,7 +71,7 @@ def pack(input_ids: Tensor, real: np.ndarray, columns: np.ndarray, cache: PagedC
     logits_rows, wanted = _wanted(real, columns, token_rows, token_columns)
 
     def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(input_ids.device)
+        return upload(values, input_ids.device)
 
     flat = input_ids.flatten()
     in_place = len(flat) == len(token_rows) and bool((order[:-1] < order[1:]).all())
@@ -107,7 +107,7 @@ def unpack(logits: Tensor, wanted: Wanted) -> Tensor:
         return logits.view(*wanted.shape, -1)
     padded = logits.new_zeros(*wanted.shape, logits.shape[-1])
     device = logits.device
-    padded[torch.from_numpy(wanted.rows).to(device), torch.from_numpy(wanted.places).to(device)] = logits
+    padded[upload(wanted.rows, device), upload(wanted.places, device)] = logits
     return padded
 
 
