@@ -174,6 +174,11 @@ class Model(nn.Module):
             if table is None or len(table) < count:
                 self._tables[rotary] = rotary_table(rotary, count, device)
 
+    @property
+    def rotary_tables(self) -> tuple[Tensor, ...]:
+        """The tables of rotary positions as they are now; larger ones may take their place."""
+        return tuple(self._tables.values())
+
     def _embed(self, batch: Batch) -> Tensor:
         spec = self.spec.embedding
         x: Tensor = self.embedding(batch.token_ids)

@@ -18,6 +18,7 @@ from torch import Tensor
 from headrace.kernels.batch import Batch
 from headrace.messages import pack_tokens
 from headrace.tasks import PoolingParams
+from headrace.workers.device import upload
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
@@ -116,7 +117,7 @@ class EncoderRunner:
             row += count
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return upload(values, self._device)
 
 
 def _pool(hidden: Tensor, batch: Batch, params: PoolingParams) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.kv import KVCache
+from headrace.workers.device import upload
 from headrace.workers.scheduler import Chunk, Plan
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class StaticDecode:
         self._tables = _Tables(num_rows, max_blocks, kv.scratch_block, device)
         has_sources = model.spec.encoder is not None
         self._sources = _Tables(num_rows, max_blocks, kv.scratch_block, device) if has_sources else None
+
+    @property
+    def rotary_tables(self) -> tuple[Tensor, ...]:
+        """What the step reads besides weights, cache and inputs."""
+        return self._model.rotary_tables
 
     def fill(self, chunks: Items[Chunk], size: int) -> None:
         """Write the inputs of a step, filled up to `size` sequences."""
@@ -119,11 +125,13 @@ class DecodeGraphs:
         self.replays = 0
         self._step = step
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._read: tuple[Tensor, ...] = ()
 
     @torch.inference_mode()
     def capture(self, told: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Capture all of them, the largest first: the others find room in its memory."""
         step, pool = self._step, torch.cuda.graph_pool_handle()
+        self._read = step.rotary_tables  # should the model ever have larger ones, graphs go on reading these
         for done, size in enumerate(reversed(self.sizes)):
             step.fill((), size)
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -177,5 +185,5 @@ class _Tables:
                 values += blocks[written:]
                 self._written[row] = count
         if places:
-            new = torch.from_numpy(np.array((places, values))).to(self.device.device, non_blocking=True)
+            new = upload(np.array((places, values)), self.device.device)
             self.device.view(-1).index_copy_(0, new[0], new[1].int())

@@ -14,6 +14,7 @@ import torch
 
 from headrace.messages import Assignment
 from headrace.workers.engine import Engine, EngineConfig
+from headrace.workers.engines import load_engine
 from headrace.workers.sampler import Sampler
 from tests.support.engines import Outcome, assign, run
 from tests.support.tiny_models import save_model, save_t5
@@ -70,7 +71,9 @@ def nothing_waits(monkeypatch):
 def load(folder, **config) -> Engine:
     # Without shared prefixes a second run computes the same steps as the first, so that nothing is left to compile.
     settings = {"kv_tokens": 2048, "block_size": 16, "dtype": "bfloat16", "device": "cuda", "prefix_cache": False}
-    return Engine.load(folder, EngineConfig(**settings | config))
+    engine = load_engine(folder, EngineConfig(**settings | config))
+    assert isinstance(engine, Engine)
+    return engine
 
 
 def streams(names) -> list[Assignment]:
@@ -87,10 +90,12 @@ def tokens(outcomes: list[Outcome]) -> list[list[int]]:
     return [outcome.tokens for outcome in outcomes]
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_no_step_of_a_warmed_engine_waits(nothing_waits, name, tmp_path):
+def test_no_step_of_a_warmed_engine_waits(nothing_waits, name, graphs, tmp_path):
     (save_t5 if name == "t5" else save_model)(tmp_path, name)
-    engine = load(tmp_path, max_batch_tokens=48)
+    engine = load(tmp_path, max_batch_tokens=48, cuda_graphs=graphs)
+    engine.warm_up()
     mixed = streams(list(SAMPLING))
     warm = tokens(run(engine, mixed))
     with nothing_waits():

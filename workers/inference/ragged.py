@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from headrace.kernels.batch import Batch
@@ -177,7 +178,7 @@ def pack_texts(input_ids: Tensor, real: np.ndarray, token_types: Tensor | None =
     host_lens = tuple(lens.tolist())
 
     def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(input_ids.device)
+        return upload(values, input_ids.device)
 
     places = None if real.all() else tensor(np.flatnonzero(real))
 
