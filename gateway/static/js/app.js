@@ -226,7 +226,7 @@ function offerModels() {
   const owner = chat ?? defaults;
   if (names.length && !names.includes(owner.model)) owner.model = names[0];
   const locked = problem?.code === NO_KEY;
-  const none = locked ? "Locked" : "Waiting for a model …";
+  const none = locked ? "Locked" : served.length ? "No chat model" : "Waiting for a model …";
   picker.replaceChildren(...(names.length ? names : [none]).map((name) => new Option(name, name)));
   picker.disabled = !names.length;
   if (names.length) picker.value = owner.model;
@@ -237,7 +237,7 @@ function offerModels() {
     : locked
       ? "This server asks for an API key."
       : served.length
-        ? "The model that is served reads texts and does not write any."
+        ? "The model that is served reads texts and does not write any; programs ask it at /v1/embeddings."
         : "No model is ready yet; this page looks again every few seconds.";
 }
 
