@@ -5,6 +5,7 @@ It owns what has a device: the model, the KV tensors, the tables of rows. It dec
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from headrace.kernels.model import Model
 
 __all__ = ["Runner"]
+
+logger = logging.getLogger(__name__)
 
 
 class Runner:
@@ -54,7 +57,17 @@ class Runner:
         return 0 if self._graphs is None else self._graphs.replays
 
     def capture(self) -> None:
-        """Make graphs of decode steps of all sizes; call it when nothing runs."""
+        """Make graphs of decode steps of all sizes; call it when nothing runs. Without room for them there are none."""
+        try:
+            self._graphs = self._captured()
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "There is no memory for CUDA graphs (%s); steps are computed without them, which is slower. Lower "
+                "--kv-tokens or --max-num-seqs.",
+                str(error).partition("\n")[0],
+            )
+
+    def _captured(self) -> DecodeGraphs:
         step = StaticDecode(
             self.model,
             self.kv,
@@ -64,7 +77,7 @@ class Runner:
         )
         graphs = DecodeGraphs(step, self._num_rows)
         graphs.capture()
-        self._graphs = graphs
+        return graphs
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Choice]:

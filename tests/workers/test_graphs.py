@@ -91,6 +91,22 @@ def test_what_fills_a_batch_up_touches_nobody(tmp_path):
     torch.testing.assert_close(keys[-kv.block_size :], torch.zeros_like(keys[-kv.block_size :]))
 
 
+def test_without_room_for_graphs_steps_are_computed_without(tmp_path, monkeypatch, caplog):
+    save_model(tmp_path)
+    engine = load(tmp_path, max_model_len=32)
+    runner = type(engine._runner)
+
+    def no_room(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(runner, "can_capture", True)
+    monkeypatch.setattr(runner, "_captured", no_room)
+    engine.warm_up()
+    assert "no memory for CUDA graphs (CUDA out of memory" in caplog.text
+    assert len(generate(engine, PROMPTS[:1], max_tokens=3)[0]) == 3
+    assert engine.load_gauges()["graph_replays"] == 0
+
+
 @pytest.mark.parametrize(
     ("rows", "sizes"),
     [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20]), (32, [1, 2, 4, 8, 16, 24, 32])],
