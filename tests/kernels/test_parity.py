@@ -1,6 +1,13 @@
-"""Every family's logits against transformers on the same random weights, loaded from the same files."""
+"""Every family's logits against transformers on the same random weights, loaded from the same files.
+
+Each family is run in float32 and bfloat16, and its texts in all the ways in which an engine or a caller may have them
+computed. In float32 logits are those of transformers; in bfloat16 they are as near to float32 as those of transformers
+in bfloat16 are. The greedy tokens of the same ways are compared in tests/workers/test_engine.py.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,12 +15,15 @@ import torch
 from headrace.kernels import model as model_module
 from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
+from headrace.workers.inference.padded import PaddedModel
 from headrace.workers.loader import load_model
 from tests.support.batches import make_batch
-from tests.support.parity import MARGIN, narrowed, root_mean_square
+from tests.support.parity import at_once, at_random, check, in_steps, logits_of, narrowed, their_logits
 from tests.support.tiny_models import FAMILIES, save_model
 
 BLOCK = 8
+VOCAB = 250  # of the texts; the models know some more tokens
+DECODES = 6
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -23,52 +33,82 @@ def pair(request, tmp_path_factory):
     return save_model(folder, request.param), folder
 
 
-def logits_of(
-    model: Model, cache: KVCache, texts: list[list[int]], lens: dict[int, tuple[int, int]]
-) -> dict[int, torch.Tensor]:
-    """All logits of one step by sequence; `lens` are (tokens of this step, tokens with them)."""
-    tokens = [token for row, (count, total) in lens.items() for token in texts[row][total - count : total]]
-    batch = make_batch(
-        list(lens.values()), rows=list(lens), block_size=BLOCK, num_blocks=64, token_ids=tokens, all_logits=True
-    )
-    parts = model(batch, cache).split([count for count, _ in lens.values()])
-    return dict(zip(lens, parts, strict=True))
+def on_cpu(model: Model, *args):
+    return model(*args)
 
 
+def whole(model: Model, texts: list[list[int]]) -> list[torch.Tensor]:
+    return logits_of(model, on_cpu, texts, at_once([len(text) for text in texts]))
+
+
+def chunked(model: Model, texts: list[list[int]]) -> list[torch.Tensor]:
+    """In two chunks and then single tokens; the first text has one token and is a decode beside the others."""
+    return logits_of(model, on_cpu, texts, in_steps([len(text) for text in texts], DECODES))
+
+
+def token_by_token(model: Model, texts: list[list[int]]) -> list[torch.Tensor]:
+    """Prompts of one token, and then one token after the other."""
+    longest = len(texts[0])
+    steps = [dict.fromkeys(range(len(texts)), (1, total)) for total in range(1, longest + 1)]
+    return logits_of(model, on_cpu, texts, steps)
+
+
+def resumed(model: Model, texts: list[list[int]]) -> list[torch.Tensor]:
+    """Half of every text, then, as after a preemption, all of that anew and two more chunks."""
+    halves = [len(text) // 2 for text in texts]
+    again = {row: (half, half) for row, half in enumerate(halves)}
+    rests = {
+        row: (len(text) - half - 1, len(text) - 1) for row, (text, half) in enumerate(zip(texts, halves, strict=True))
+    }
+    last = {row: (1, len(text)) for row, text in enumerate(texts)}
+    found = logits_of(model, on_cpu, texts, [again, again, rests, last])
+    for half, logits in zip(halves, found, strict=True):
+        torch.testing.assert_close(logits[half : 2 * half], logits[:half])
+    return [logits[half:] for half, logits in zip(halves, found, strict=True)]
+
+
+def left_padded(model: Model, texts: list[list[int]]) -> list[torch.Tensor]:
+    """As a rectangle with a mask, which is how the library's callers have them."""
+    columns = max(map(len, texts)) + 2
+    ids = torch.tensor([[0] * (columns - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (columns - len(text)) + [1] * len(text) for text in texts])
+    padded = PaddedModel(model, max_tokens=128)
+    logits = padded.logits(ids, mask, None, padded.new_cache(), 0)
+    assert not logits[mask == 0].any()
+    return [row[-len(text) :].float() for row, text in zip(logits, texts, strict=True)]
+
+
+# How texts of these lengths are computed.
+WAYS: dict[str, tuple[tuple[int, ...], Callable[[Model, list[list[int]]], list[torch.Tensor]]]] = {
+    "single": ((60,), whole),
+    "ragged": ((1, 50, 33, 8), whole),
+    "left-padded": ((40, 17, 1, 8), left_padded),
+    "one-token prompt": ((14, 14, 14, 14), token_by_token),
+    "chunked": ((1, 50, 33, 12), chunked),
+    "resumed": ((50, 33, 8), resumed),
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_float32_logits_are_those_of_transformers(pair):
+def test_logits_are_those_of_transformers(pair, dtype, way):
     reference, folder = pair
-    generator = torch.Generator().manual_seed(2)
-    texts = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in (1, 50, 33, 8)]
-    expected = [reference(torch.tensor([text])).logits[0] for text in texts]
-    model = load_model(folder, dtype="float32")
-    cache = KVCache(model.spec, 64, BLOCK, torch.float32, "cpu")
-
-    whole = logits_of(model, cache, texts, {row: (len(text), len(text)) for row, text in enumerate(texts)})
-    # The same again in three steps: the cache must carry what the step does not compute. Decodes come first.
-    parts: list[list[torch.Tensor]] = [[] for _ in texts]
-    for lens in ({0: (1, 1), 1: (20, 20), 2: (5, 5), 3: (8, 8)}, {1: (29, 49), 2: (27, 32)}, {1: (1, 50), 2: (1, 33)}):
-        for row, part in logits_of(model, cache, texts, lens).items():
-            parts[row].append(part)
-    for text, wanted, at_once, chunked in zip(texts, expected, whole.values(), parts, strict=True):
-        scale = float(wanted.abs().max())
-        torch.testing.assert_close(at_once, wanted, rtol=0, atol=1e-4 * scale)
-        torch.testing.assert_close(torch.cat(chunked), wanted, rtol=0, atol=1e-4 * scale)
-        if len(text) > 1:
-            assert wanted.std(0).mean() > 0.05 * scale, "the model says the same whatever it is told"
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_logits_are_as_near_to_float32_as_those_of_transformers(pair, dtype):
-    reference, folder = pair
-    text = torch.randint(0, 250, (60,), generator=torch.Generator().manual_seed(3)).tolist()
-    exact = reference(torch.tensor([text])).logits[0]
-    theirs = narrowed(reference, dtype)(torch.tensor([text])).logits[0].float() - exact
+    lens, compute = WAYS[way]
+    texts = at_random(*lens, vocab=VOCAB)
+    ask = their_logits(texts)
+    theirs = None if dtype == torch.float32 else ask(narrowed(reference, dtype))
     model = load_model(folder, dtype=str(dtype).removeprefix("torch."))
-    cache = KVCache(model.spec, 64, BLOCK, dtype, "cpu")
-    ours = logits_of(model, cache, [text], {0: (60, 60)})[0].float() - exact
-    assert root_mean_square(ours, model) < MARGIN * root_mean_square(theirs, model)
+    check(compute(model, texts), ask(reference), theirs, model)
+
+
+@torch.inference_mode()
+def test_float16_logits_are_as_near_to_float32_as_those_of_transformers(pair):
+    reference, folder = pair
+    texts = at_random(60, vocab=VOCAB, seed=3)
+    ask = their_logits(texts)
+    model = load_model(folder, dtype="float16")
+    check(whole(model, texts), ask(reference), ask(narrowed(reference, torch.float16)), model)
 
 
 @torch.inference_mode()
@@ -80,7 +120,8 @@ def test_positions_that_nobody_reserved_are_made_when_they_come(tmp_path, monkey
     text = list(range(40))
     parts, sizes = [], []
     for count, total in ((5, 5), (6, 11), (29, 40)):
-        parts.append(logits_of(model, cache, [text], {0: (count, total)})[0])
+        batch = make_batch([(count, total)], block_size=BLOCK, num_blocks=64, token_ids=text[total - count : total])
+        parts.append(model.logits(model.hidden(batch, cache)))
         sizes += [len(table) for table in model._tables.values()]
     wanted = reference(torch.tensor([text])).logits[0]
     torch.testing.assert_close(torch.cat(parts), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
