@@ -18,7 +18,7 @@ from headrace.workers.device import upload
 from headrace.workers.scheduler import Chunk
 from headrace.workers.sequence import Sequence
 
-__all__ = ["BatchBuilder"]
+__all__ = ["BatchBuilder", "BlockNews", "whole_texts"]
 
 
 class BatchBuilder:
@@ -83,21 +83,13 @@ class BatchBuilder:
         for sequence in sequences:
             self._source_tables.show(sequence.row, sequence.source_blocks)
         lens = tuple(len(sequence.source) for sequence in sequences)
-        starts = [0, *accumulate(lens)]
         rows = np.array([sequence.row for sequence in sequences])
-        positions = np.arange(starts[-1]) - np.repeat(np.array(starts[:-1]), lens)
         token_ids = np.concatenate([np.frombuffer(sequence.source, np.uint32) for sequence in sequences])
-        return Batch(
-            token_ids=self._tensor(token_ids.astype(np.int64)),
-            positions=self._tensor(positions),
+        positions = np.concatenate([np.arange(length) for length in lens])
+        return dataclasses.replace(
+            whole_texts(self._tensor(token_ids.astype(np.int64)), lens),
             slots=self._tensor(self._slots(self._source_tables, np.repeat(rows, lens), positions)),
-            query_starts=self._tensor(np.array(starts, dtype=np.int32)),
-            context_lens=self._tensor(np.array(lens, dtype=np.int32)),
             block_tables=self._table(self._source_tables, rows, lens),
-            num_decodes=0,
-            query_lens=lens,
-            context_lens_host=lens,
-            logits_rows=self._tensor(np.empty(0, dtype=np.int64)),
             block_size=self._block_size,
         )
 
@@ -119,16 +111,55 @@ class _Tables:
 
     def __init__(self, num_rows: int, max_blocks: int) -> None:
         self.blocks = np.zeros((num_rows, max_blocks), dtype=np.int32)
+        self._news = BlockNews(num_rows)
+
+    def show(self, row: int, blocks: list[int]) -> None:
+        """Write what is new of a sequence's blocks."""
+        start, new = self._news.of(row, blocks)
+        if new:
+            self.blocks[row, start : start + len(new)] = new
+
+
+class BlockNews:
+    """What of the rows' blocks has not been written to a table yet."""
+
+    def __init__(self, num_rows: int) -> None:
         # The list object whose blocks a row shows: a sequence gets a new list whenever it is admitted.
         self._shown: list[list[int] | None] = [None] * num_rows
         self._written = [0] * num_rows
 
-    def show(self, row: int, blocks: list[int]) -> None:
-        """Write what is new of a sequence's blocks."""
+    def of(self, row: int, blocks: list[int]) -> tuple[int, list[int]]:
+        """Where the new blocks of a row begin, and these, which count as written from now on."""
         if self._shown[row] is not blocks:
             self._shown[row] = blocks
             self._written[row] = 0
-        written, count = self._written[row], len(blocks)
-        if written < count:
-            self.blocks[row, written:count] = blocks[written:]
-            self._written[row] = count
+        start = self._written[row]
+        self._written[row] = len(blocks)
+        return start, blocks[start:]
+
+
+def whole_texts(token_ids: torch.Tensor, lens: Items[int], token_types: torch.Tensor | None = None) -> Batch:
+    """The batch of whole texts side by side, for a model that reads them in both directions: nothing is cached.
+
+    Args:
+        token_ids: [T] int64, on the model's device.
+        lens: tokens of each text, at least one.
+        token_types: [T] int64, if there are any.
+    """
+    device = token_ids.device
+    starts = np.array([0, *accumulate(lens)])
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    return Batch(
+        token_ids=token_ids,
+        positions=upload(np.arange(starts[-1]) - np.repeat(starts[:-1], lens), device),
+        slots=nothing,
+        query_starts=upload(starts.astype(np.int32), device),
+        context_lens=upload(np.array(lens, dtype=np.int32), device),
+        block_tables=upload(np.zeros((len(lens), 1), dtype=np.int32), device),
+        num_decodes=0,
+        query_lens=tuple(lens),
+        context_lens_host=tuple(lens),
+        logits_rows=nothing,
+        block_size=1,
+        token_types=token_types,
+    )

@@ -18,14 +18,13 @@ from torch import Tensor
 from headrace.kernels.batch import Batch
 from headrace.messages import pack_tokens
 from headrace.tasks import PoolingParams
+from headrace.workers.batch import whole_texts
 from headrace.workers.device import upload
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
 
 __all__ = ["EncoderRunner", "Items", "Text"]
-
-_NO_BLOCK = 1  # tokens of a block, where there is no cache to have any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,23 +71,8 @@ class EncoderRunner:
         return results
 
     def _batch(self, texts: Sequence[Text]) -> Batch:
-        lens = tuple(len(text.tokens) for text in texts)
-        starts = np.array([0, *accumulate(lens)])
-        token_ids = np.concatenate([np.frombuffer(text.tokens, np.uint32) for text in texts]).astype(np.int64)
-        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lens)
-        return Batch(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            slots=self._tensor(positions),
-            query_starts=self._tensor(starts.astype(np.int32)),
-            context_lens=self._tensor(np.array(lens, dtype=np.int32)),
-            block_tables=self._tensor(np.zeros((len(texts), 1), dtype=np.int32)),
-            num_decodes=0,
-            query_lens=lens,
-            context_lens_host=lens,
-            logits_rows=self._tensor(np.empty(0, dtype=np.int64)),
-            block_size=_NO_BLOCK,
-        )
+        token_ids = np.concatenate([np.frombuffer(text.tokens, np.uint32) for text in texts])
+        return whole_texts(self._tensor(token_ids.astype(np.int64)), [len(text.tokens) for text in texts])
 
     def _embed(self, texts: Sequence[Text], hidden: Tensor, batch: Batch, results: list[Items | None]) -> None:
         by_params: dict[PoolingParams, list[int]] = {}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.kv import KVCache
+from headrace.workers.batch import BlockNews
 from headrace.workers.device import upload
 from headrace.workers.scheduler import Chunk, Plan
 
@@ -166,24 +167,17 @@ class _Tables:
     def __init__(self, num_rows: int, max_blocks: int, scratch_block: int, device: torch.device) -> None:
         self.device = torch.full((num_rows + 1, max_blocks), scratch_block, dtype=torch.int32, device=device)
         self._max_blocks = max_blocks
-        # The list object whose blocks a row shows: a sequence gets a new list whenever it is admitted.
-        self._shown: list[list[int] | None] = [None] * num_rows
-        self._written = [0] * num_rows
+        self._news = BlockNews(num_rows)
 
     def show(self, rows: Items[tuple[int, list[int]]]) -> None:
         """Write what is new of the rows' blocks, all in one piece."""
         places: list[int] = []
         values: list[int] = []
         for row, blocks in rows:
-            if self._shown[row] is not blocks:
-                self._shown[row] = blocks
-                self._written[row] = 0
-            written, count = self._written[row], len(blocks)
-            if written < count:
-                start = row * self._max_blocks
-                places += range(start + written, start + count)
-                values += blocks[written:]
-                self._written[row] = count
+            start, new_blocks = self._news.of(row, blocks)
+            first = row * self._max_blocks + start
+            places += range(first, first + len(new_blocks))
+            values += new_blocks
         if places:
             new = upload(np.array((places, values)), self.device.device)
             self.device.view(-1).index_copy_(0, new[0], new[1].int())

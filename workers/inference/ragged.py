@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from headrace.kernels.batch import Batch
+from headrace.workers.batch import whole_texts
 from headrace.workers.device import upload
 from headrace.workers.inference.cache import BLOCK_SIZE, PagedCache
 
@@ -173,34 +173,15 @@ def pack_texts(input_ids: Tensor, real: np.ndarray, token_types: Tensor | None =
     """
     counts = real.sum(1)
     rows = np.flatnonzero(counts)
-    lens = counts[rows]
-    starts = np.concatenate(([0], np.cumsum(lens)))
-    host_lens = tuple(lens.tolist())
-
-    def tensor(values: np.ndarray) -> Tensor:
-        return upload(values, input_ids.device)
-
-    places = None if real.all() else tensor(np.flatnonzero(real))
+    device = input_ids.device
+    places = None if real.all() else upload(np.flatnonzero(real), device)
 
     def packed(values: Tensor) -> Tensor:
         return values.flatten() if places is None else values.flatten()[places]
 
-    nothing = torch.empty(0, dtype=torch.int64, device=input_ids.device)
-    batch = Batch(
-        token_ids=packed(input_ids),
-        positions=tensor(np.arange(starts[-1]) - np.repeat(starts[:-1], lens)),
-        slots=nothing,
-        query_starts=tensor(starts.astype(np.int32)),
-        context_lens=tensor(lens.astype(np.int32)),
-        block_tables=tensor(np.zeros((len(lens), 1), dtype=np.int32)),
-        num_decodes=0,
-        query_lens=host_lens,
-        context_lens_host=host_lens,
-        logits_rows=nothing,
-        block_size=BLOCK_SIZE,
-        token_types=None if token_types is None else packed(token_types),
-    )
-    return Texts(batch, tensor(rows), real, places)
+    types = None if token_types is None else packed(token_types)
+    batch = whole_texts(packed(input_ids), counts[rows].tolist(), types)
+    return Texts(batch, upload(rows, device), real, places)
 
 
 def source_slots(cache: PagedCache) -> np.ndarray:
