@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from headrace.errors import InvalidRequestError, UnsupportedModelError, from_wire
+from headrace.kernels.ops.pair import kernels_on_cpu
 from headrace.messages import Assignment, StreamId, pack_tokens, unpack_tokens
 from headrace.workers.encoder_engine import EncoderEngine
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
+from tests.support.kernels import Kernels
 from tests.support.tiny_encoders import make_encoder, save_encoder
 from tests.support.tiny_models import save_model
 from tests.support.tiny_tokenizer import CLS, MASK, SEP
@@ -159,6 +162,21 @@ def test_a_text_is_the_same_alone_and_among_others(pair):
     together, _, _ = run(engine, *(ask(n, text) for n, text in enumerate(TEXTS)))
     for number in alone:
         torch.testing.assert_close(floats(together[number].tokens), floats(alone[number]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+@pytest.mark.parametrize("place", ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_give_the_same(place, tmp_path):
+    save_encoder(tmp_path, "bert")
+    asked = [ask(n, text) for n, text in enumerate(TEXTS)] + [ask(9, TEXTS[3], "fill_mask", sampling={"logprobs": 3})]
+    expected, _, _ = run(load(tmp_path, device="cpu"), *asked)
+    place_of_kernels = Kernels(place)
+    by_kernels = load(tmp_path, device=place_of_kernels.device.type)
+    with nullcontext() if place == "cuda" else kernels_on_cpu():
+        found, _, _ = run(by_kernels, *asked)
+    assert found[9].tokens == expected[9].tokens
+    for number in range(len(TEXTS)):
+        torch.testing.assert_close(floats(found[number].tokens), floats(expected[number].tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_a_text_past_its_deadline_is_refused(pair):
