@@ -51,9 +51,10 @@ def run(command, **settings):
 
 
 def expected_files():
-    """Every source and page file of the checkout, by its path in the package."""
+    """Every source, page and tuning file of the checkout, by its path in the package."""
     parts = [path for part in PARTS for path in (ROOT / part).rglob("*.py")]
     parts += [path for path in (ROOT / "gateway/static").rglob("*") if path.is_file()]
+    parts += (ROOT / "kernels/tuned").glob("*.json")
     own = [*(ROOT / "headrace").glob("*.py"), ROOT / "headrace/py.typed"]
     return {f"headrace/{path.relative_to(ROOT)}" for path in parts} | {str(path.relative_to(ROOT)) for path in own}
 

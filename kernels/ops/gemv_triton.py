@@ -103,8 +103,10 @@ def gemv(
 def _weights(places, k, begin, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile of the weight as it is stored; `_numbers` makes numbers of it."""
     if K % BLOCK_K == 0:
-        return tl.load(places + begin, eviction_policy="evict_first")
-    return tl.load(places + begin, mask=(begin + k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        tile = tl.load(places + begin, eviction_policy="evict_first")
+    else:
+        tile = tl.load(places + begin, mask=(begin + k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    return tile
 
 
 @triton.jit
@@ -214,9 +216,8 @@ def _add(
 
 @triton.jit
 def _values(start, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    if K % BLOCK_K == 0:
-        return tl.load(start + k).to(tl.float32)
-    return tl.load(start + k, mask=k < K, other=0.0).to(tl.float32)
+    values = tl.load(start + k) if K % BLOCK_K == 0 else tl.load(start + k, mask=k < K, other=0.0)
+    return values.to(tl.float32)
 
 
 @triton.jit

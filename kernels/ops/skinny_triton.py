@@ -52,8 +52,8 @@ def skinny(
     value = tl.zeros((BLOCK_N, ROWS), tl.float32)
     other = tl.zeros((BLOCK_N, ROWS), tl.float32)
     held = n < N
-    of_gate = tl.load(bias + n, mask=held, other=0.0).to(tl.float32) if bias is not None else None
-    of_up = tl.load(bias + N + n, mask=held, other=0.0).to(tl.float32) if bias is not None and GATED else None
+    of_gate = _column(bias, n, held)
+    of_up = _column(bias, N + n, held) if GATED else of_gate
     wait_for_earlier(CHAINED)
     begin = tl.program_id(1) * SHARE
     for at in range(begin, tl.minimum(begin + SHARE, K), BLOCK_K):
@@ -79,10 +79,8 @@ def skinny(
         if GATED:
             other = _sum(parts + SPLITS * SIZE, place, SPLITS, SIZE)
 
-    if bias is not None:
-        value += of_gate[:, None]
-        if GATED:
-            other += of_up[:, None]
+    value += of_gate
+    other += of_up
     if ACTIVATION is not None:
         value = activated(value, ACTIVATION)
     if GATED:
@@ -102,6 +100,15 @@ def _tile(rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
     else:
         tile = tl.load(rows + k[None, :], mask=(k < K)[None, :], other=0.0)
     return tile.to(tl.float32) if WIDE else tile
+
+
+@triton.jit
+def _column(bias, n, held):
+    """What is added to every row."""
+    added = 0.0
+    if bias is not None:
+        added = tl.load(bias + n, mask=held, other=0.0).to(tl.float32)[:, None]
+    return added
 
 
 @triton.jit
