@@ -66,8 +66,8 @@ class Experts(nn.Module):
             x = norm(x, *before)
         probabilities = self.router(x).float().softmax(-1)
         weights, chosen = probabilities.topk(self.per_token, dim=-1)
-        out = experts(x, chosen, weights / weights.sum(-1, keepdim=True), self.up, self.down, self.spec)
-        return out if residual is None else out.add_(residual)
+        weights /= weights.sum(-1, keepdim=True)
+        return experts(x, chosen, weights, self.up, self.down, self.spec, residual=residual)
 
     def fold(self, norm: Norm) -> None:
         """Nothing: router and experts read the same norm, so it is computed once."""

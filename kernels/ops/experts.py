@@ -21,8 +21,10 @@ def experts(
     up: Tensor | nn.ParameterList,
     down: Tensor | nn.ParameterList,
     spec: MLPSpec,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The sum of what each token's experts say to it, times their weights; returns [T, hidden].
+    """The sum of what each token's experts say to it, times their weights, and the residual; returns [T, hidden].
 
     Args:
         x: [T, hidden].
@@ -31,10 +33,11 @@ def experts(
         up: [experts, size, hidden], gated [experts, 2 * size, hidden] with the gate first; or a packed weight of each.
         down: [experts, hidden, size]; or a packed weight of each.
         spec: size, activation and gate of every expert.
+        residual: [T, hidden].
     """
     out = torch.zeros_like(x)
     for index in sorted(set(chosen.flatten().tolist())):
         rows, rank = (chosen == index).nonzero(as_tuple=True)
         inner = activate(linear(x[rows], up[index]), spec.activation, gated=spec.gated)
         out.index_add_(0, rows, (linear(inner, down[index]) * weights[rows, rank, None]).to(out.dtype))
-    return out
+    return out if residual is None else out.add_(residual)

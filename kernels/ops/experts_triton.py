@@ -40,11 +40,14 @@ def experts(
     up: Tensor | nn.ParameterList,
     down: Tensor | nn.ParameterList,
     spec: MLPSpec,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """As `headrace.kernels.ops.experts.experts`."""
     assert isinstance(up, Tensor)
     assert isinstance(down, Tensor)
     assert all(tensor.is_contiguous() for tensor in (x, up, down))
+    assert residual is None or residual.is_contiguous()
     num_tokens, hidden = x.shape
     per_token = chosen.shape[1]
     num_pairs = num_tokens * per_token
@@ -87,7 +90,7 @@ def experts(
     )
     block = min(_SUM_BLOCK, triton.next_power_of_2(hidden))
     _sum[(num_tokens, triton.cdiv(hidden, block))](
-        answers, out, HIDDEN=hidden, PER_TOKEN=per_token, BLOCK=block, num_warps=4, **OPTIONS
+        answers, residual, out, HIDDEN=hidden, PER_TOKEN=per_token, BLOCK=block, num_warps=4, **OPTIONS
     )
     return out
 
@@ -213,11 +216,13 @@ def _product(
 
 
 @triton.jit
-def _sum(answers, out, HIDDEN: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(answers, residual, out, HIDDEN: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     held = column < HIDDEN
     total = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(PER_TOKEN):
         total += tl.load(answers + (token * PER_TOKEN + rank) * HIDDEN + column, mask=held, other=0.0)
+    if residual is not None:
+        total += tl.load(residual + token * HIDDEN + column, mask=held, other=0.0).to(tl.float32)
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=held)

@@ -196,6 +196,9 @@ def test_experts(kernels: Kernels, case):
     # order differ by the root of their number.
     slack = 2 * TOLERANCE[dtype] + 4 * 2**-24 * spec.size**0.5
     check(kernels(experts, x, chosen, weights, up, down, spec), expected, dtype, slack)
+    residual = torch.randn_like(x)
+    found = kernels(experts, x, chosen, weights, up, down, spec, residual=residual)
+    check(found, expected + residual.float(), dtype, slack)
 
 
 @cases(["all ask one", "one is not a number"])
