@@ -121,6 +121,12 @@ _ENGINE = (
         is_flag=True,
         help="Capture no CUDA graphs: ready a little sooner, each step slower. A CPU has none anyway.",
     ),
+    option(
+        "--async-scheduling/--no-async-scheduling",
+        heading="Workers",
+        default=None,
+        help="Launch each step before the tokens of the last one are read. Default: on a GPU.",
+    ),
     # For tests and for engines of one's own; says `module:function`, called as load_engine is.
     option("--engine", heading="Workers", default="headrace.workers.engines:load_engine", hidden=True),
     option(
@@ -225,6 +231,7 @@ def engine_config(values: dict[str, Any]) -> EngineConfig:
         max_batch_tokens=values["max_num_batched_tokens"],
         kv_tokens=values["kv_tokens"],
         prefix_cache=values["prefix_cache"],
+        async_scheduling=values["async_scheduling"],
         cuda_graphs=not values["enforce_eager"],
         dtype=values["dtype"],
         device=values["device"],

@@ -24,6 +24,7 @@ class EngineConfig:
         kv_tokens: tokens the KV cache holds; None sizes it from the free memory.
         prefix_cache: whether sequences share the KV of equal beginnings.
         dtype: of weights and KV; "auto" takes the checkpoint's.
+        async_scheduling: whether a step is launched before the tokens of the last one are read; None does so on a GPU.
         cuda_graphs: whether decode steps on a GPU are captured once and replayed; a CPU has none.
         device: cpu, cuda or cuda:N; "auto" takes the first GPU if there is one.
 
@@ -37,6 +38,7 @@ class EngineConfig:
     block_size: int = 16
     kv_tokens: int | None = None
     prefix_cache: bool = True
+    async_scheduling: bool | None = None
     cuda_graphs: bool = True
     dtype: str = "auto"
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""Where an engine computes: a setting made into a device of this machine, and numbers brought there."""
+"""Where an engine computes: a setting made into a device of this machine, and numbers brought there and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headrace.errors import ConfigError
 
-__all__ = ["pick_device", "upload"]
+__all__ = ["Download", "pick_device", "upload"]
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -41,3 +41,28 @@ def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     if device.type != "cuda" or not tensor.numel():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # whose memory is kept until it was copied
+
+
+class Download:
+    """Tensors on their way from a device to the host, behind what the device was given to do so far.
+
+    Those of a CPU are there already.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if not tensors[0].is_cuda:
+            self._tensors = tensors
+            return
+        self._tensors = tuple(
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            for tensor in tensors
+        )
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tensors, on the host: this waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors

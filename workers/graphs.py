@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.kv import KVCache
-from headrace.workers.batch import BlockNews
+from headrace.workers.batch import BlockNews, next_input, with_expected
 from headrace.workers.device import upload
 from headrace.workers.scheduler import Chunk, Plan
 
@@ -44,16 +44,21 @@ class StaticDecode:
         num_rows: most sequences of a step.
         max_blocks: most blocks of one sequence.
         max_model_len: most tokens of one sequence.
+        last_tokens: [rows + 1] int64: what stands for tokens that sequences still expect.
     """
 
-    def __init__(self, model: Model, kv: KVCache, *, num_rows: int, max_blocks: int, max_model_len: int) -> None:
+    def __init__(
+        self, model: Model, kv: KVCache, *, num_rows: int, max_blocks: int, max_model_len: int, last_tokens: Tensor
+    ) -> None:
         self._model = model
         self._kv = kv
         self._num_rows = num_rows
         self._max_model_len = max_model_len
+        self._last_tokens = last_tokens
         device = kv.layer(0)[0].device
-        # By sequence: token, position, row of the tables, and tokens of its source.
-        self._host = torch.zeros(4, num_rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # By sequence: token, position, row of the tables, and tokens of its source. The host's copy is there twice:
+        # the device may not have read that of the last step when the next one is written.
+        self._hosts = [torch.zeros(4, num_rows, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(2)]
         self._inputs = torch.zeros(4, num_rows, dtype=torch.int64, device=device)
         self._tables = _Tables(num_rows, max_blocks, kv.scratch_block, device)
         has_sources = model.spec.encoder is not None
@@ -66,13 +71,14 @@ class StaticDecode:
 
     def fill(self, chunks: Items[Chunk], size: int) -> None:
         """Write the inputs of a step, filled up to `size` sequences."""
-        host = self._host.numpy()
+        self._hosts.reverse()
+        host = self._hosts[0].numpy()
         host[:, :size] = 0
         host[2, :size] = self._num_rows
         host[3, :size] = 1
         sequences = [chunk.sequence for chunk in chunks]
         host[:3, : len(chunks)] = [
-            [sequence.tokens[sequence.num_computed] for sequence in sequences],
+            [next_input(sequence) for sequence in sequences],
             [sequence.num_computed for sequence in sequences],
             [sequence.row for sequence in sequences],
         ]
@@ -80,7 +86,7 @@ class StaticDecode:
             host[3, : len(chunks)] = [len(sequence.source) for sequence in sequences]
             self._sources.show([(sequence.row, sequence.source_blocks) for sequence in sequences])
         self._tables.show([(sequence.row, sequence.blocks) for sequence in sequences])
-        self._inputs.copy_(self._host, non_blocking=True)
+        self._inputs.copy_(self._hosts[0], non_blocking=True)
 
     def compute(self, size: int) -> Tensor:
         """Logits [size, vocab] of the inputs that were written; nothing in it depends on their values."""
@@ -89,7 +95,7 @@ class StaticDecode:
         tables = self._tables.device.index_select(0, rows)
         blocks = tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
         batch = Batch(
-            token_ids=tokens,
+            token_ids=with_expected(tokens, self._last_tokens, rows),
             positions=positions,
             slots=blocks * block_size + positions % block_size,
             query_starts=torch.arange(size + 1, dtype=torch.int32, device=tokens.device),

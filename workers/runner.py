@@ -1,6 +1,8 @@
-"""Runs one plan on the model: builds the batch, computes the logits, chooses the tokens.
+"""Launches one plan on the model: builds the batch, computes the logits, chooses the tokens.
 
-It owns what has a device: the model, the KV tensors, the tables of rows. It decides nothing about who runs.
+It owns what has a device: the model, the KV tensors, the tables of rows. It decides nothing about who runs. On a GPU a
+step is only on its way when `launch` returns, and the next may be launched behind it: it takes tokens that are not
+known here yet from the device.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import torch
 from headrace.kernels.kv import KVCache
 from headrace.workers.batch import BatchBuilder
 from headrace.workers.graphs import DecodeGraphs, StaticDecode
-from headrace.workers.sampler import Choice, Sampler
+from headrace.workers.sampler import Choices, Sampler
 from headrace.workers.scheduler import Plan
+from headrace.workers.sequence import Sequence
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Runner:
-    """The model, its KV cache of `num_blocks` blocks, and `run`."""
+    """The model, its KV cache of `num_blocks` blocks, and `launch`."""
 
     def __init__(
         self, model: Model, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int
@@ -35,20 +38,20 @@ class Runner:
         model.reserve_positions(max_model_len)
         self.model = model
         self.kv = KVCache(model.spec, num_blocks, block_size, parameter.dtype, device)
+        self._sampler = Sampler(num_rows=max_num_seqs, device=device)
         self._builder = BatchBuilder(
             num_rows=max_num_seqs,
             max_blocks=-(-max_model_len // block_size),
             block_size=block_size,
-            device=device,
+            last_tokens=self._sampler.last_tokens,
         )
-        self._sampler = Sampler(num_rows=max_num_seqs, device=device)
         self._num_rows = max_num_seqs
         self._max_model_len = max_model_len
         self._graphs: DecodeGraphs | None = None
 
     @property
-    def can_capture(self) -> bool:
-        """Whether steps can become graphs: only on a GPU."""
+    def on_gpu(self) -> bool:
+        """Whether steps run beside the host, and can become graphs."""
         return self.kv.layer(0)[0].is_cuda
 
     @property
@@ -74,19 +77,23 @@ class Runner:
             num_rows=self._num_rows,
             max_blocks=-(-self._max_model_len // self.kv.block_size),
             max_model_len=self._max_model_len,
+            last_tokens=self._sampler.last_tokens,
         )
         graphs = DecodeGraphs(step, self._num_rows)
         graphs.capture()
         return graphs
 
+    def looks_back(self, sequence: Sequence) -> bool:
+        """Whether choosing a sequence's next token takes the values of those before, on the host."""
+        return self._sampler.looks_back(sequence)
+
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[Choice]:
-        """Compute a step; one choice for each chunk that reaches the end of what its sequence knows."""
+    def launch(self, plan: Plan) -> Choices:
+        """Start a step; it chooses a token for each chunk that reaches the end of what its sequence knows."""
         if plan.encodes:
             self.model.encode(self._builder.build_sources(plan.encodes), self.kv)
         if self._graphs is not None and self._graphs.takes(plan):
             logits = self._graphs.run(plan.chunks)
         else:
             logits = self.model(self._builder.build(plan.chunks), self.kv)
-        sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        return self._sampler.choose(logits, sampling) if sampling else []
+        return self._sampler.choose(logits, [chunk.sequence for chunk in plan.chunks if chunk.samples])

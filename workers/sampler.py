@@ -16,21 +16,19 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.ops.sampling import (
-    UNDECIDED,
     Bias,
-    Logprobs,
     Penalties,
     Sampled,
     SamplingRows,
-    sample_ahead,
-    settle,
+    sample,
 )
-from headrace.workers.device import upload
+from headrace.workers.device import Download, upload
 from headrace.workers.sequence import Sequence
 
-__all__ = ["Choice", "Sampler"]
+__all__ = ["Choice", "Choices", "Sampler"]
 
 _NO_IDS = np.empty(0, dtype=np.int64)
+_NO_PENALTIES = (1.0, 0.0, 0.0)
 
 
 class Choice(NamedTuple):
@@ -39,6 +37,27 @@ class Choice(NamedTuple):
     sequence: Sequence
     token: int | None
     logprobs: list[Any] | None
+
+
+class Choices:
+    """The choices of one step, on their way from the device."""
+
+    def __init__(self, sequences: Items[Sequence], sampled: Sampled) -> None:
+        self._sequences = sequences
+        logprobs = sampled.logprobs
+        parts = () if logprobs is None else (logprobs.chosen, logprobs.top_tokens, logprobs.top)
+        self._coming = Download(sampled.tokens, *parts)
+
+    def read(self) -> list[Choice]:
+        """One choice for each sequence; this waits for the device."""
+        tokens, *logprobs = (tensor.tolist() for tensor in self._coming.wait())
+        entries = iter(_unpack(*logprobs) if logprobs else ())
+        choices = []
+        for sequence, token in zip(self._sequences, tokens, strict=True):
+            wanted = sequence.sampling.logprobs
+            entry = None if wanted is None else _cut(next(entries), wanted)
+            choices.append(Choice(sequence, None if token < 0 else token, entry))
+        return choices
 
 
 class _Counts:
@@ -55,6 +74,7 @@ class _Counts:
 
     def update(self, sequence: Sequence) -> None:
         """Count the tokens that came since the last call."""
+        assert not sequence.num_expected, "what is to be counted must be known"
         for token in sequence.tokens[self._seen :]:
             self._add(token, 1.0)
         self._seen = sequence.num_tokens
@@ -79,10 +99,16 @@ class _Row:
 
 
 class Sampler:
-    """Settings by row; `choose` turns logits into tokens."""
+    """Settings by row; `choose` turns logits into tokens.
+
+    Attributes:
+        last_tokens: [rows + 1] int64, on the device: of each row the token chosen last, from which the next step may go
+            on before the host knows it. The row after the last belongs to nobody.
+    """
 
     def __init__(self, *, num_rows: int, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
+        self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         self._rows: list[_Row | None] = [None] * num_rows
         self._plain = np.zeros(num_rows, dtype=bool)
         self._temperature = np.zeros(num_rows, dtype=np.float32)
@@ -94,32 +120,24 @@ class Sampler:
         self._penalties = np.zeros((3, num_rows), dtype=np.float32)  # repetition, presence, frequency
         self._logprobs = np.full(num_rows, -1, dtype=np.int64)
 
-    def choose(self, logits: Tensor, sequences: Items[Sequence]) -> list[Choice]:
-        """The next token of each sequence, whose logits are the rows of `logits`."""
-        rows = self._settings(sequences)
-        sampled = sample_ahead(logits, rows)
-        tokens, entries = self._read(sampled)
-        if UNDECIDED in tokens:
-            assert rows is not None
-            tokens, entries = self._read(settle(sampled, logits, rows))
-        wanted = [sequence.sampling.logprobs for sequence in sequences]
-        given = iter(entries)
-        logprobs = [None if count is None else _cut(next(given), count) for count in wanted]
-        return [
-            Choice(sequence, None if token < 0 else token, entry)
-            for sequence, token, entry in zip(sequences, tokens, logprobs, strict=True)
-        ]
+    def choose(self, logits: Tensor, sequences: Items[Sequence]) -> Choices:
+        """Choose the next token of each sequence, whose logits are the rows of `logits`."""
+        if not sequences:
+            return Choices((), Sampled(tokens=self.last_tokens[:0], logprobs=None))
+        rows = np.array([sequence.row for sequence in sequences])
+        sampled = sample(logits, self._settings(sequences, rows))
+        # -1, where logits were no numbers, is no token; what is computed after it is dropped.
+        self.last_tokens.index_copy_(0, self._tensor(rows), sampled.tokens.clamp(min=0))
+        return Choices(sequences, sampled)
 
     @staticmethod
-    def _read(sampled: Sampled) -> tuple[list[int], list[list[Any]]]:
-        """Tokens of all rows, log probabilities of those that want them: the one place that waits for the device."""
-        tokens: list[int] = sampled.tokens.tolist()
-        return tokens, [] if sampled.logprobs is None else _unpack(sampled.logprobs)
+    def looks_back(sequence: Sequence) -> bool:
+        """Whether a choice takes the values of the tokens before it: penalties are counted on the host."""
+        return _penalties(sequence) != _NO_PENALTIES
 
-    def _settings(self, sequences: Items[Sequence]) -> SamplingRows | None:
+    def _settings(self, sequences: Items[Sequence], rows: np.ndarray) -> SamplingRows | None:
         """The settings of the rows at hand, or None if all are plain greedy ones."""
         states = [self._state(sequence) for sequence in sequences]
-        rows = np.array([sequence.row for sequence in sequences])
         if self._plain[rows].all():
             return None
         temperature, top_k, top_p = self._temperature[rows], self._top_k[rows], self._top_p[rows]
@@ -133,7 +151,7 @@ class Sampler:
             min_p=self._tensor(self._min_p[rows]),
             seeds=self._tensor(self._seeds[rows].view(np.int64)),
             choices=self._tensor(self._choices[rows]),
-            positions=self._tensor(np.array([sequence.num_output for sequence in sequences], dtype=np.int64)),
+            positions=self._tensor(np.array([sequence.num_chosen for sequence in sequences], dtype=np.int64)),
             drawn=self._tensor(drawn) if len(drawn) else None,
             max_top_k=int(top_k[drawn].max(initial=0)),
             any_top_p=bool((top_p[drawn] < 1.0).any()),
@@ -151,8 +169,8 @@ class Sampler:
 
     def _bind(self, sequence: Sequence) -> _Row:
         row, params = sequence.row, sequence.sampling
-        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        penalized = penalties != (1.0, 0.0, 0.0)
+        penalties = _penalties(sequence)
+        penalized = penalties != _NO_PENALTIES
         self._temperature[row] = params.temperature
         self._top_k[row] = params.top_k
         self._top_p[row] = params.top_p
@@ -175,7 +193,7 @@ class Sampler:
         tokens, values = [], []
         for state in states:
             held_back = _NO_IDS
-            if state.sequence.num_output < state.sequence.sampling.min_tokens:
+            if state.sequence.num_chosen < state.sequence.sampling.min_tokens:
                 held_back = np.array(state.sequence.stop_ids, dtype=np.int64)
             tokens.append(np.concatenate((state.bias_tokens, held_back)))
             values.append(np.concatenate((state.bias_values, np.full(len(held_back), -np.inf, dtype=np.float32))))
@@ -213,12 +231,18 @@ class Sampler:
         return upload(values, self._device)
 
 
+def _penalties(sequence: Sequence) -> tuple[float, float, float]:
+    """For repetition, presence and frequency."""
+    params = sequence.sampling
+    return params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+
+
 def _cut(entry: list[Any], count: int) -> list[Any]:
     """Of the likeliest tokens as many as a row asked for; all rows got what the one that wants most got."""
     return [entry[0], entry[1][:count]]
 
 
-def _unpack(logprobs: Logprobs) -> list[list[Any]]:
+def _unpack(chosen: list[float], top_tokens: list[list[int]], top: list[list[float]]) -> list[list[Any]]:
     """Per row `[logprob, [[token, logprob], ...]]`."""
-    tops = zip(logprobs.chosen.tolist(), logprobs.top_tokens.tolist(), logprobs.top.tolist(), strict=True)
-    return [[chosen, [list(pair) for pair in zip(ids, values, strict=True)]] for chosen, ids, values in tops]
+    rows = zip(chosen, top_tokens, top, strict=True)
+    return [[value, [list(pair) for pair in zip(ids, values, strict=True)]] for value, ids, values in rows]

@@ -63,14 +63,14 @@ def test_a_batch_says_of_each_token_where_it_is(sizes, num_blocks, budget):
     scheduler = Scheduler(
         num_blocks=num_blocks, block_size=BLOCK, max_num_seqs=4, max_batch_tokens=budget, max_model_len=64
     )
-    builder = BatchBuilder(num_rows=4, max_blocks=16, block_size=BLOCK)
+    builder = BatchBuilder(num_rows=4, max_blocks=16, block_size=BLOCK, last_tokens=torch.zeros(5, dtype=torch.int64))
     for index, (length, max_tokens) in enumerate(sizes):
         if length + max_tokens <= scheduler.kv_tokens:
             scheduler.add(make_sequence(index, length, max_tokens))
     while (plan := scheduler.schedule()).chunks:
         check(builder.build(plan.chunks), plan)
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        scheduler.commit(plan)
+        scheduler.publish(scheduler.advance(plan))
         for sequence in sampling:
             if sequence.append(7) is not None:
                 scheduler.remove(sequence)

@@ -51,6 +51,7 @@ def with_static_steps(engine: Engine) -> Engine:
         num_rows=runner._num_rows,
         max_blocks=-(-length // runner.kv.block_size),
         max_model_len=length,
+        last_tokens=runner._sampler.last_tokens,
     )
     runner._graphs = _Computed(step, runner._num_rows)
     return engine
@@ -99,7 +100,7 @@ def test_without_room_for_graphs_steps_are_computed_without(tmp_path, monkeypatc
     def no_room(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr(runner, "can_capture", True)
+    monkeypatch.setattr(runner, "on_gpu", True)
     monkeypatch.setattr(runner, "_captured", no_room)
     engine.warm_up()
     assert "no memory for CUDA graphs (CUDA out of memory" in caplog.text

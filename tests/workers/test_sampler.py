@@ -276,7 +276,7 @@ def make_sequence(
 
 
 def choose(sampler: Sampler, logits: list[list[float]], *sequences: Sequence) -> list[int | None]:
-    return [choice.token for choice in sampler.choose(torch.tensor(logits), sequences)]
+    return [choice.token for choice in sampler.choose(torch.tensor(logits), sequences).read()]
 
 
 def test_end_tokens_are_held_back_until_min_tokens():
@@ -333,7 +333,7 @@ def test_a_row_forgets_its_former_sequence():
 def test_each_row_gets_as_many_logprobs_as_it_asked_for():
     sampler = Sampler(num_rows=4)
     sequences = [make_sequence(row, temperature=0.0, logprobs=count) for row, count in enumerate([None, 0, 2, 3])]
-    choices = sampler.choose(torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 4), sequences)
+    choices = sampler.choose(torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 4), sequences).read()
     found = [None if choice.logprobs is None else len(choice.logprobs[1]) for choice in choices]
     assert found == [None, 0, 2, 3]
     logprob, top = choices[2].logprobs
