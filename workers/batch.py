@@ -18,7 +18,7 @@ from headrace.workers.device import upload
 from headrace.workers.scheduler import Chunk
 from headrace.workers.sequence import Sequence
 
-__all__ = ["EXPECTED", "BatchBuilder", "BlockNews", "next_input", "whole_texts", "with_expected"]
+__all__ = ["EXPECTED", "BatchBuilder", "BlockNews", "chunk_tokens", "next_input", "whole_texts", "with_expected"]
 
 EXPECTED = -1  # instead of a token that was chosen on the device and is not known here yet
 
@@ -53,10 +53,7 @@ class BatchBuilder:
 
         rows = np.array([chunk.sequence.row for chunk in chunks])
         token_ids = np.empty(starts[-1], dtype=np.int64)
-        token_ids[:num_decodes] = [next_input(sequence) for sequence, _ in chunks[:num_decodes]]
-        for (sequence, count), start in zip(chunks[num_decodes:], starts[num_decodes:], strict=False):
-            tokens = np.frombuffer(sequence.tokens, np.uint32, count, sequence.num_computed * sequence.tokens.itemsize)
-            token_ids[start : start + count] = tokens
+        chunk_tokens(chunks, token_ids)
         if num_decodes == len(chunks):
             positions, row_of = np.array(computed), rows
         else:
@@ -126,6 +123,18 @@ class BatchBuilder:
 def next_input(sequence: Sequence) -> int:
     """The token that a decode computes, or EXPECTED if only the device knows it."""
     return EXPECTED if sequence.num_expected else sequence.tokens[sequence.num_computed]
+
+
+def chunk_tokens(chunks: Items[Chunk], into: np.ndarray) -> None:
+    """Write the tokens that a step computes side by side; of decodes, which come first, they may be EXPECTED."""
+    start = 0
+    for sequence, count in chunks:
+        if count == 1:
+            into[start] = next_input(sequence)
+        else:
+            first = sequence.num_computed * sequence.tokens.itemsize
+            into[start : start + count] = np.frombuffer(sequence.tokens, np.uint32, count, first)
+        start += count
 
 
 def with_expected(token_ids: torch.Tensor, last_tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

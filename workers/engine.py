@@ -103,6 +103,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
+            max_batch_tokens=config.max_batch_tokens,
             max_model_len=max_model_len,
         )
         # What an encoder-decoder's text begins with; None for a decoder, which goes on with its prompt.

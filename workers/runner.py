@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from headrace.kernels.kv import KVCache
 from headrace.workers.batch import BatchBuilder
-from headrace.workers.graphs import DecodeGraphs, StaticDecode
+from headrace.workers.device import upload
+from headrace.workers.graphs import DeviceTables, Standing, StaticDecodes, StaticPrompts, StaticStep, StepGraphs
 from headrace.workers.sampler import Choices, Sampler
 from headrace.workers.scheduler import Plan
 from headrace.workers.sequence import Sequence
@@ -31,7 +33,14 @@ class Runner:
     """The model, its KV cache of `num_blocks` blocks, and `launch`."""
 
     def __init__(
-        self, model: Model, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        max_model_len: int,
     ) -> None:
         parameter = next(model.parameters())
         device = parameter.device
@@ -46,8 +55,9 @@ class Runner:
             last_tokens=self._sampler.last_tokens,
         )
         self._num_rows = max_num_seqs
+        self._max_batch_tokens = max_batch_tokens
         self._max_model_len = max_model_len
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -60,9 +70,11 @@ class Runner:
         return 0 if self._graphs is None else self._graphs.replays
 
     def capture(self) -> None:
-        """Make graphs of decode steps of all sizes; call it when nothing runs. Without room for them there are none."""
+        """Make graphs of steps of all sizes; call it when nothing runs. Without room for them there are none."""
         try:
-            self._graphs = self._captured()
+            graphs = StepGraphs(self.static_steps())
+            graphs.capture()
+            self._graphs = graphs
         except torch.OutOfMemoryError as error:
             logger.warning(
                 "There is no memory for CUDA graphs (%s); steps are computed without them, which is slower. Lower "
@@ -70,18 +82,23 @@ class Runner:
                 str(error).partition("\n")[0],
             )
 
-    def _captured(self) -> DecodeGraphs:
-        step = StaticDecode(
-            self.model,
-            self.kv,
-            num_rows=self._num_rows,
-            max_blocks=-(-self._max_model_len // self.kv.block_size),
-            max_model_len=self._max_model_len,
+    def static_steps(self) -> list[StaticStep]:
+        """The kinds of steps that can become graphs."""
+        standing = Standing(
+            model=self.model,
+            kv=self.kv,
+            tables=self._device_tables(),
             last_tokens=self._sampler.last_tokens,
+            num_rows=self._num_rows,
+            max_model_len=self._max_model_len,
         )
-        graphs = DecodeGraphs(step, self._num_rows)
-        graphs.capture()
-        return graphs
+        if self.model.spec.encoder is not None:
+            return [StaticDecodes(standing, sources=self._device_tables())]
+        return [StaticDecodes(standing), StaticPrompts(standing, self._max_batch_tokens)]
+
+    def _device_tables(self) -> DeviceTables:
+        max_blocks = -(-self._max_model_len // self.kv.block_size)
+        return DeviceTables(self._num_rows, max_blocks, self.kv.scratch_block, self._sampler.last_tokens.device)
 
     def looks_back(self, sequence: Sequence) -> bool:
         """Whether choosing a sequence's next token takes the values of those before, on the host."""
@@ -92,8 +109,10 @@ class Runner:
         """Start a step; it chooses a token for each chunk that reaches the end of what its sequence knows."""
         if plan.encodes:
             self.model.encode(self._builder.build_sources(plan.encodes), self.kv)
-        if self._graphs is not None and self._graphs.takes(plan):
-            logits = self._graphs.run(plan.chunks)
-        else:
+        sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
+        logits = None if self._graphs is None else self._graphs.run(plan)
+        if logits is None:
             logits = self.model(self._builder.build(plan.chunks), self.kv)
-        return self._sampler.choose(logits, [chunk.sequence for chunk in plan.chunks if chunk.samples])
+        elif len(sampling) < len(plan.chunks):
+            logits = logits.index_select(0, upload(np.array(sampling, dtype=np.int64), logits.device))
+        return self._sampler.choose(logits, [plan.chunks[index].sequence for index in sampling])
