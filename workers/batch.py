@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from headrace.kernels.batch import Batch
+from headrace.kernels.ops.placement import EXPECTED
 from headrace.workers.device import upload
 from headrace.workers.scheduler import Chunk
 from headrace.workers.sequence import Sequence
 
-__all__ = ["EXPECTED", "BatchBuilder", "BlockNews", "chunk_tokens", "next_input", "whole_texts", "with_expected"]
-
-EXPECTED = -1  # instead of a token that was chosen on the device and is not known here yet
+__all__ = ["BatchBuilder", "BlockNews", "chunk_tokens", "next_input", "whole_texts", "with_expected"]
 
 
 class BatchBuilder:

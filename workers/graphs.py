@@ -24,6 +24,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.kv import KVCache
+from headrace.kernels.ops.placement import place
 from headrace.workers.batch import BlockNews, chunk_tokens, next_input, with_expected
 from headrace.workers.device import upload
 from headrace.workers.scheduler import Chunk, Plan
@@ -151,6 +152,9 @@ class StaticDecodes(StaticStep):
         # Few are wasted on filling up, and few graphs are needed.
         self.sizes = tuple(sorted({1, 2, 4, *range(8, num_rows, 8), num_rows} & set(range(1, num_rows + 1))))
         self._sources = sources
+        device = standing.last_tokens.device
+        self._each = torch.arange(num_rows, device=device)
+        self._starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
 
     def size_for(self, chunks: Items[Chunk]) -> int | None:
         """As `StaticStep.size_for`."""
@@ -177,19 +181,21 @@ class StaticDecodes(StaticStep):
     def compute(self, size: int) -> Tensor:
         """As `StaticStep.compute`."""
         tokens, positions, rows, sources = self._inputs[: 4 * size].view(4, size)
+        standing = self._standing
+        placed = place(tokens, positions, rows, standing.tables.device, standing.last_tokens, standing.kv.block_size)
         batch = Batch(
-            token_ids=with_expected(tokens, self._standing.last_tokens, rows),
+            token_ids=placed.token_ids,
             positions=positions,
-            slots=self._standing.tables.slots(rows, positions, self._standing.kv.block_size),
-            query_starts=torch.arange(size + 1, dtype=torch.int32, device=tokens.device),
-            context_lens=(positions + 1).int(),
-            block_tables=self._standing.tables.device.index_select(0, rows),
+            slots=placed.slots,
+            query_starts=self._starts[: size + 1],
+            context_lens=placed.context_lens,
+            block_tables=placed.block_tables,
             num_decodes=size,
             query_lens=(1,) * size,
             context_lens_host=(self._standing.max_model_len,)
             * size,  # what a graph does must not depend on the present ones
-            logits_rows=torch.arange(size, device=tokens.device),
-            block_size=self._standing.kv.block_size,
+            logits_rows=self._each[:size],
+            block_size=standing.kv.block_size,
         )
         if self._sources is not None:
             cross = dataclasses.replace(
@@ -199,7 +205,7 @@ class StaticDecodes(StaticStep):
                 _shared={},
             )
             batch = dataclasses.replace(batch, cross=cross)
-        logits: Tensor = self._standing.model(batch, self._standing.kv)
+        logits: Tensor = standing.model(batch, standing.kv)
         return logits
 
 

@@ -71,6 +71,7 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "full_attention",
         "norm",
         "paged_attention",
+        "place",
         "rotate_and_cache",
     }
 
