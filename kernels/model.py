@@ -105,7 +105,7 @@ class Model(nn.Module):
                 cos_sin=self._cos_sin(self.spec.layers[index].rotary, batch),
                 table=None if self.relative is None else self.relative.weight,
             )
-        if rows is not None and len(rows) < len(x):
+        if rows is not None:
             x, residual = x[rows], None if residual is None else residual[rows]
         if self.final_norm is not None:
             x, _ = self.final_norm(x, residual)

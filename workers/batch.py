@@ -59,6 +59,7 @@ class BatchBuilder:
             shift = np.array(computed) - np.array(starts[:-1])
             positions, row_of = np.arange(starts[-1]) + np.repeat(shift, lens), np.repeat(rows, lens)
         logits_rows = [start - 1 for chunk, start in zip(chunks, starts[1:], strict=True) if chunk.samples]
+        all_sample = len(logits_rows) == starts[-1]
         batch = Batch(
             token_ids=self._token_ids(token_ids, rows[:num_decodes]),
             positions=self._tensor(positions),
@@ -69,7 +70,7 @@ class BatchBuilder:
             num_decodes=num_decodes,
             query_lens=tuple(lens),
             context_lens_host=contexts,
-            logits_rows=self._tensor(np.array(logits_rows, dtype=np.int64)),
+            logits_rows=None if all_sample else self._tensor(np.array(logits_rows, dtype=np.int64)),
             block_size=self._block_size,
         )
         if not chunks[0].sequence.source:

@@ -153,7 +153,6 @@ class StaticDecodes(StaticStep):
         self.sizes = tuple(sorted({1, 2, 4, *range(8, num_rows, 8), num_rows} & set(range(1, num_rows + 1))))
         self._sources = sources
         device = standing.last_tokens.device
-        self._each = torch.arange(num_rows, device=device)
         self._starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
 
     def size_for(self, chunks: Items[Chunk]) -> int | None:
@@ -194,7 +193,7 @@ class StaticDecodes(StaticStep):
             query_lens=(1,) * size,
             context_lens_host=(self._standing.max_model_len,)
             * size,  # what a graph does must not depend on the present ones
-            logits_rows=self._each[:size],
+            logits_rows=None,
             block_size=standing.kv.block_size,
         )
         if self._sources is not None:

@@ -56,6 +56,15 @@ def test_tokens_are_those_of_the_engine_without(tmp_path, family):
     assert generate(engine, PROMPTS[::-1], max_tokens=5) == expected[::-1]
 
 
+def test_as_many_rows_as_tokens_of_a_prompt_step(tmp_path):
+    """The logits of a step with prompts are those of its sequences' last tokens, also if it has no more tokens than
+    there are rows."""
+    save_model(tmp_path)
+    limits = {"max_model_len": 32, "max_batch_tokens": 16, "max_num_seqs": 16}
+    expected = generate(load(tmp_path, **limits), PROMPTS[:2], max_tokens=3)
+    assert generate(with_static_steps(load(tmp_path, **limits)), PROMPTS[:2], max_tokens=3) == expected
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_prompts_in_chunks_beside_decodes(tmp_path, ahead):
     """Steps of seven tokens: prompts begin and end anywhere in them, and decodes are among them."""
