@@ -67,6 +67,8 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "activate",
         "add_norm",
         "choose",
+        "count",
+        "edit",
         "experts",
         "full_attention",
         "norm",
