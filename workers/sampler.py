@@ -140,21 +140,16 @@ class Sampler:
         states = [self._state(sequence) for sequence in sequences]
         if self._plain[rows].all():
             return None
-        temperature, top_k, top_p = self._temperature[rows], self._top_k[rows], self._top_p[rows]
-        drawn = np.flatnonzero(temperature > 0)
         logprobs = self._logprobs[rows]
         with_logprobs = np.flatnonzero(logprobs >= 0)
         return SamplingRows(
-            temperature=self._tensor(temperature),
-            top_k=self._tensor(top_k),
-            top_p=self._tensor(top_p),
+            temperature=self._tensor(self._temperature[rows]),
+            top_k=self._tensor(self._top_k[rows]),
+            top_p=self._tensor(self._top_p[rows]),
             min_p=self._tensor(self._min_p[rows]),
             seeds=self._tensor(self._seeds[rows].view(np.int64)),
             choices=self._tensor(self._choices[rows]),
             positions=self._tensor(np.array([sequence.num_chosen for sequence in sequences], dtype=np.int64)),
-            drawn=self._tensor(drawn) if len(drawn) else None,
-            max_top_k=int(top_k[drawn].max(initial=0)),
-            any_top_p=bool((top_p[drawn] < 1.0).any()),
             bias=self._bias(states),
             penalties=self._seen(states, rows),
             logprob_rows=self._tensor(with_logprobs) if len(with_logprobs) else None,

@@ -27,12 +27,14 @@ import triton.language as tl
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.attention import paged_attention
+from headrace.kernels.ops.edits import count, edit
 from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.norm import add_norm, norm
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
-from headrace.kernels.ops.sampling import draw
+from headrace.kernels.ops.sampling import choose
 from headrace.kernels.spec import AttentionSpec, RotarySpec
+from tests.kernels.test_edits import make_tables
 from tests.kernels.test_pairs import ACTIVATIONS, CROWDS, NORMS, QK_NORMS, make_experts
 from tests.kernels.test_pairs_attention import EXTRAS, make_spec
 from tests.kernels.test_sampling_gpu import make_rows
@@ -84,20 +86,40 @@ def activate_cases() -> Iterator[Case]:
         yield name_of_case, lambda run, x=x, name=name, gated=gated: run(activate, x, name, gated=gated)
 
 
-def draw_cases() -> Iterator[Case]:
-    """Vocabularies short of a tile, one more than a tile, in parts; one row, the last of several; filters and none."""
-    for count, vocab, settings in [
-        (1, 5, {}),
-        (1, 1025, {"temperature": 0.5}),
-        (3, 20_003, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}),
-        (3, 20_003, {"top_k": 3000}),
-        (7, 1001, {"min_p": 0.05}),
-        (300, 1001, {}),
+def choose_cases() -> Iterator[Case]:
+    """Vocabularies short of a tile, one more than a tile, in parts; one row and many; filters that list few tokens,
+    many, and more than the list holds; no settings."""
+    for size, vocab, dtype, settings in [
+        (1, 5, FLOAT, {}),
+        (1, 1025, BFLOAT, {"temperature": 0.5}),
+        (3, 20_003, HALF, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}),
+        (3, 20_003, FLOAT, {"top_k": 3000}),
+        (3, 20_003, BFLOAT, {"top_p": 0.9}),
+        (7, 1001, FLOAT, {"min_p": 0.05}),
+        (300, 1001, BFLOAT, {"top_p": 0.5}),
     ]:
-        logits, rows = torch.randn(count, vocab), make_rows(count, **settings)
-        drawn = torch.arange(count - 1, -1, -2)
-        arguments = (logits, logits.amax(-1), dataclasses.replace(rows, temperature=torch.ones(count)), drawn)
-        yield f"{count} rows of {vocab}, {settings}", lambda run, arguments=arguments: run(draw, *arguments)
+        arguments = torch.randn(size, vocab).to(dtype), make_rows(size, **settings)
+        yield f"{size} rows of {vocab}, {dtype}, {settings}", lambda run, arguments=arguments: run(choose, *arguments)
+    alike = torch.zeros(3, 20_003)
+    yield "all alike", lambda run: run(choose, alike, make_rows(3, top_k=100, top_p=0.5))
+    yield "all greedy", lambda run: run(choose, alike)
+
+
+def edit_cases() -> Iterator[Case]:
+    """Vocabularies short of a tile and of several; lists short of a loop's part and of several; the last row last."""
+    for vocab, dtype, seen in [*product([5, 2050], DTYPES, [True]), (2050, BFLOAT, False)]:
+        arguments = torch.randn(5, vocab).to(dtype), make_tables(vocab, seen=seen), torch.tensor([1, 2, 0, 0, 3])
+        positions = torch.arange(5)
+        name = f"{vocab} {dtype}, penalties: {seen}"
+        yield name, lambda run, arguments=arguments, positions=positions: run(edit, *arguments, positions)
+
+
+def count_cases() -> Iterator[Case]:
+    """The first token of the first row, the last of the last, and none, in every order."""
+    tables = make_tables(50)
+    for chosen, rows in product([(49, -1, 0), (-1, 0, 49)], [(3, 0, 1), (0, 1, 3), (1, 3, 0)]):
+        arguments = torch.tensor(chosen), tables, torch.tensor(rows)
+        yield f"{chosen} of rows {rows}", lambda run, arguments=arguments: run(count, *arguments)
 
 
 def experts_cases() -> Iterator[Case]:
@@ -240,7 +262,9 @@ def _sum(x, out, size, BLOCK: tl.constexpr):  # noqa: N803  # constants of a ker
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "activate": activate_cases,
     "add_norm": add_norm_cases,
-    "draw": draw_cases,
+    "choose": choose_cases,
+    "count": count_cases,
+    "edit": edit_cases,
     "experts": experts_cases,
     "full_attention": full_attention_cases,
     "norm": norm_cases,

@@ -36,9 +36,6 @@ def make_rows(count: int, **values) -> op.SamplingRows:
         seeds=column("seeds", 7, torch.int64),
         choices=column("choices", 0, torch.int64),
         positions=column("positions", 0, torch.int64),
-        drawn=temperature.nonzero()[:, 0],
-        max_top_k=int(top_k.max()),
-        any_top_p=bool((top_p < 1).any()),
         **extra,
     )
 
