@@ -171,8 +171,6 @@ class Engine:
         result, self._pending = self._pending, StepResult()
         for sequence in self._scheduler.expired(now):
             self._refuse(sequence, _too_late(sequence), result)
-        if any(sequence.num_expected and self._runner.looks_back(sequence) for sequence in self._sequences.values()):
-            self._read(result)
         plan = self._scheduler.schedule()
         if plan.chunks:
             self._launch(plan)

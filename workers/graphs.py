@@ -6,6 +6,7 @@ Everything that follows from these (slots, contexts, the rows' part of the table
 
 There are two kinds: decodes, where every sequence computes one token, and prompts, where sequences compute any number,
 one included. A step is filled up to the next size with tokens that belong to nobody and write to a block of their own.
+It ends with the choice of tokens, by the settings of each sequence; what is edited is chosen again outside.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +26,16 @@ from torch import Tensor
 from headrace.kernels.batch import Batch
 from headrace.kernels.kv import KVCache
 from headrace.kernels.ops.placement import place
+from headrace.kernels.ops.sampling import choose
 from headrace.workers.batch import BlockNews, chunk_tokens, next_input, with_expected
 from headrace.workers.device import upload
+from headrace.workers.sampler import NUM_SETTINGS, Sampler, settings_in
 from headrace.workers.scheduler import Chunk, Plan
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
 
-__all__ = ["DeviceTables", "Standing", "StaticDecodes", "StaticPrompts", "StaticStep", "StepGraphs"]
+__all__ = ["Computed", "DeviceTables", "Standing", "StaticDecodes", "StaticPrompts", "StaticStep", "StepGraphs"]
 
 # Up to here a prompt is read about as fast as its weights are: what fills a step up costs next to nothing. Beyond, a
 # size and a half keep it under a third. A step of the largest size runs longer than its kernels take to launch.
@@ -78,7 +81,7 @@ class Standing:
         model: a decoder, or an encoder-decoder.
         kv: its cache.
         tables: of the blocks of all rows.
-        last_tokens: [rows + 1] int64: what stands for tokens that sequences still expect.
+        sampler: knows how sequences are sampled, and the tokens that they still expect.
         num_rows: most sequences of a step.
         max_model_len: most tokens of one sequence.
     """
@@ -86,9 +89,16 @@ class Standing:
     model: Model
     kv: KVCache
     tables: DeviceTables
-    last_tokens: Tensor
+    sampler: Sampler
     num_rows: int
     max_model_len: int
+
+
+class Computed(NamedTuple):
+    """What comes of a step; the first rows are those of its chunks, in their order. The next step overwrites it."""
+
+    logits: Tensor  # [rows, vocab]
+    tokens: Tensor  # [rows] int64, chosen by the settings alone; meaningless where a chunk does not sample
 
 
 class StaticStep(ABC):
@@ -106,7 +116,7 @@ class StaticStep(ABC):
 
     def __init__(self, standing: Standing, num_inputs: int) -> None:
         self._standing = standing
-        device = standing.last_tokens.device
+        device = standing.sampler.last_tokens.device
         # The host's copy is there twice: the device may not have read that of the last step when the next is written.
         self._hosts = [torch.zeros(num_inputs, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(2)]
         self._inputs = torch.zeros(num_inputs, dtype=torch.int64, device=device)
@@ -125,16 +135,20 @@ class StaticStep(ABC):
         """Write the inputs of a step, filled up to `size`."""
 
     @abstractmethod
-    def compute(self, size: int) -> Tensor:
-        """Logits [rows, vocab] of the inputs that were written; nothing in it depends on their values.
-
-        The first rows are those of the chunks, in their order.
-        """
+    def compute(self, size: int) -> Computed:
+        """Compute the inputs that were written; nothing in it depends on their values."""
 
     def _bring(self, chunks: Items[Chunk], host: np.ndarray) -> None:
         """Copy the inputs and what is new of the blocks to the device."""
         self._standing.tables.show([(chunk.sequence.row, chunk.sequence.blocks) for chunk in chunks])
         self._inputs[: len(host)].copy_(self._hosts[0][: len(host)], non_blocking=True)
+
+    def _chosen(self, logits: Tensor, settings: Tensor, rows: Tensor) -> Computed:
+        """The end of a step: tokens are chosen, and noted for the steps after it."""
+        tokens = choose(logits, settings_in(settings))
+        # -1, where logits were no numbers, is no token; what is computed after it is dropped.
+        self._standing.sampler.last_tokens.index_copy_(0, rows, tokens.clamp(min=0))
+        return Computed(logits, tokens)
 
     def _host(self) -> np.ndarray:
         """Where to write the inputs of the next step."""
@@ -148,11 +162,11 @@ class StaticDecodes(StaticStep):
 
     def __init__(self, standing: Standing, sources: DeviceTables | None = None) -> None:
         num_rows = standing.num_rows
-        super().__init__(standing, num_inputs=4 * num_rows)
+        super().__init__(standing, num_inputs=(4 + NUM_SETTINGS) * num_rows)
         # Few are wasted on filling up, and few graphs are needed.
         self.sizes = tuple(sorted({1, 2, 4, *range(8, num_rows, 8), num_rows} & set(range(1, num_rows + 1))))
         self._sources = sources
-        device = standing.last_tokens.device
+        device = standing.sampler.last_tokens.device
         self._starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
 
     def size_for(self, chunks: Items[Chunk]) -> int | None:
@@ -163,9 +177,10 @@ class StaticDecodes(StaticStep):
 
     def fill(self, chunks: Items[Chunk], size: int) -> None:
         """As `StaticStep.fill`."""
-        # By sequence: token, position, row of the tables, and tokens of its source.
-        host = self._host()[: 4 * size].reshape(4, size)
-        host[:, len(chunks) :] = [[0], [0], [self._standing.num_rows], [1]]
+        # By sequence: token, position, row of the tables, tokens of its source; and how it is sampled.
+        host = self._host()[: (4 + NUM_SETTINGS) * size].reshape(4 + NUM_SETTINGS, size)
+        host[:] = 0
+        host[2:4, len(chunks) :] = [[self._standing.num_rows], [1]]
         sequences = [chunk.sequence for chunk in chunks]
         host[:3, : len(chunks)] = [
             [next_input(sequence) for sequence in sequences],
@@ -175,13 +190,17 @@ class StaticDecodes(StaticStep):
         if self._sources is not None:
             host[3, : len(chunks)] = [len(sequence.source) for sequence in sequences]
             self._sources.show([(sequence.row, sequence.source_blocks) for sequence in sequences])
+        self._standing.sampler.write_settings(sequences, host[4:])
         self._bring(chunks, host.reshape(-1))
 
-    def compute(self, size: int) -> Tensor:
+    def compute(self, size: int) -> Computed:
         """As `StaticStep.compute`."""
-        tokens, positions, rows, sources = self._inputs[: 4 * size].view(4, size)
+        inputs = self._inputs[: (4 + NUM_SETTINGS) * size].view(-1, size)
+        tokens, positions, rows, sources = inputs[:4]
         standing = self._standing
-        placed = place(tokens, positions, rows, standing.tables.device, standing.last_tokens, standing.kv.block_size)
+        placed = place(
+            tokens, positions, rows, standing.tables.device, standing.sampler.last_tokens, standing.kv.block_size
+        )
         batch = Batch(
             token_ids=placed.token_ids,
             positions=positions,
@@ -204,8 +223,7 @@ class StaticDecodes(StaticStep):
                 _shared={},
             )
             batch = dataclasses.replace(batch, cross=cross)
-        logits: Tensor = standing.model(batch, standing.kv)
-        return logits
+        return self._chosen(standing.model(batch, standing.kv), inputs[4:], rows)
 
 
 class StaticPrompts(StaticStep):
@@ -214,7 +232,13 @@ class StaticPrompts(StaticStep):
     def __init__(self, standing: Standing, max_tokens: int) -> None:
         self.sizes = tuple(size for size in _PROMPT_SIZES if size < max_tokens)
         self.sizes += (max_tokens,) if max_tokens <= _PROMPT_SIZES[-1] else ()
-        super().__init__(standing, num_inputs=3 * self.sizes[-1] + 3 * (standing.num_rows + 1) + 1)
+        super().__init__(standing, num_inputs=self._num_inputs(self.sizes[-1], standing.num_rows))
+
+    @staticmethod
+    def _num_inputs(size: int, num_rows: int) -> int:
+        """Three by token, and three by sequence, one sequence more than there are rows; and by row where a chosen
+        token goes and how it is chosen."""
+        return 3 * size + 3 * (num_rows + 1) + 1 + (1 + NUM_SETTINGS) * num_rows
 
     def size_for(self, chunks: Items[Chunk]) -> int | None:
         """As `StaticStep.size_for`."""
@@ -228,7 +252,7 @@ class StaticPrompts(StaticStep):
         computed = [chunk.sequence.num_computed for chunk in chunks]
         rows = [chunk.sequence.row for chunk in chunks]
         used, num_rows, count = starts[-1], self._standing.num_rows, len(chunks)
-        host = self._host()[: 3 * size + 3 * (num_rows + 1) + 1]
+        host = self._host()[: self._num_inputs(size, num_rows)]
         # By token: id, position, row of the tables.
         tokens = host[: 3 * size].reshape(3, size)
         chunk_tokens(chunks, tokens[0])
@@ -237,20 +261,28 @@ class StaticPrompts(StaticStep):
         tokens[:, used:] = [[0], [0], [num_rows]]
         tokens[1, used:] = np.arange(size - used) % self._standing.kv.block_size  # what they read they have written
         # By sequence, the last of which holds what fills the step up: where it begins, its context, its row.
-        begins, contexts, owners = np.split(host[3 * size :], [num_rows + 2, 2 * num_rows + 3])
+        of_sequences, of_rows = np.split(host[3 * size :], [3 * (num_rows + 1) + 1])
+        begins, contexts, owners = np.split(of_sequences, [num_rows + 2, 2 * num_rows + 3])
         begins[: count + 1], begins[count + 1 : -1], begins[-1] = starts, used, size
         contexts[:count], contexts[count:-1], contexts[-1] = np.add(computed, lens), 0, size - used
         owners[:count], owners[count:] = rows, num_rows
+        # A token that is not wanted goes where it harms nobody.
+        settings = of_rows.reshape(1 + NUM_SETTINGS, num_rows)
+        settings[0], settings[1:] = num_rows, 0
+        settings[0, :count] = [chunk.sequence.row if chunk.samples else num_rows for chunk in chunks]
+        self._standing.sampler.write_settings([chunk.sequence for chunk in chunks], settings[1:])
         self._bring(chunks, host)
 
-    def compute(self, size: int) -> Tensor:
+    def compute(self, size: int) -> Computed:
         """As `StaticStep.compute`."""
-        count = self._standing.num_rows + 1
+        num_rows = self._standing.num_rows
+        count = num_rows + 1
         tokens, positions, row_of = self._inputs[: 3 * size].view(3, size)
         of_sequences = self._inputs[3 * size : 3 * size + 3 * count + 1]
+        settings = self._inputs[3 * size + 3 * count + 1 : self._num_inputs(size, num_rows)].view(-1, num_rows)
         begins, contexts, owners = of_sequences.tensor_split((count + 1, 2 * count + 1))
         batch = Batch(
-            token_ids=with_expected(tokens, self._standing.last_tokens, row_of),
+            token_ids=with_expected(tokens, self._standing.sampler.last_tokens, row_of),
             positions=positions,
             slots=self._standing.tables.slots(row_of, positions, self._standing.kv.block_size),
             query_starts=begins.int(),
@@ -262,8 +294,7 @@ class StaticPrompts(StaticStep):
             logits_rows=(begins[1:-1] - 1).clamp(min=0),
             block_size=self._standing.kv.block_size,
         )
-        logits: Tensor = self._standing.model(batch, self._standing.kv)
-        return logits
+        return self._chosen(self._standing.model(batch, self._standing.kv), settings[1:], settings[0])
 
 
 class StepGraphs:
@@ -279,7 +310,7 @@ class StepGraphs:
     def __init__(self, kinds: Items[StaticStep]) -> None:
         self.replays = 0
         self._kinds = kinds
-        self._graphs: dict[tuple[StaticStep, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[StaticStep, int], tuple[torch.cuda.CUDAGraph, Computed]] = {}
         self._read: tuple[Tensor, ...] = ()
 
     @torch.inference_mode()
@@ -297,20 +328,20 @@ class StepGraphs:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits = kind.compute(size)
-            self._graphs[kind, size] = graph, logits
+                computed = kind.compute(size)
+            self._graphs[kind, size] = graph, computed
             told(done + 1, len(todo))
 
-    def run(self, plan: Plan) -> Tensor | None:
-        """Logits [chunks, vocab], which the next step overwrites; None if no graph computes such a step."""
+    def run(self, plan: Plan) -> Computed | None:
+        """What comes of a step; None if no graph computes such a one."""
         for kind in self._kinds:
             if (size := kind.size_for(plan.chunks)) is not None:
                 kind.fill(plan.chunks, size)
                 self.replays += 1
-                return self._replay(kind, size)[: len(plan.chunks)]
+                return self._replay(kind, size)
         return None
 
-    def _replay(self, kind: StaticStep, size: int) -> Tensor:
-        graph, logits = self._graphs[kind, size]
+    def _replay(self, kind: StaticStep, size: int) -> Computed:
+        graph, computed = self._graphs[kind, size]
         graph.replay()
-        return logits
+        return computed

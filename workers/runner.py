@@ -19,7 +19,6 @@ from headrace.workers.device import upload
 from headrace.workers.graphs import DeviceTables, Standing, StaticDecodes, StaticPrompts, StaticStep, StepGraphs
 from headrace.workers.sampler import Choices, Sampler
 from headrace.workers.scheduler import Plan
-from headrace.workers.sequence import Sequence
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
@@ -47,7 +46,7 @@ class Runner:
         model.reserve_positions(max_model_len)
         self.model = model
         self.kv = KVCache(model.spec, num_blocks, block_size, parameter.dtype, device)
-        self._sampler = Sampler(num_rows=max_num_seqs, device=device)
+        self._sampler = Sampler(num_rows=max_num_seqs, vocab=model.spec.vocab_size, device=device)
         self._builder = BatchBuilder(
             num_rows=max_num_seqs,
             max_blocks=-(-max_model_len // block_size),
@@ -88,7 +87,7 @@ class Runner:
             model=self.model,
             kv=self.kv,
             tables=self._device_tables(),
-            last_tokens=self._sampler.last_tokens,
+            sampler=self._sampler,
             num_rows=self._num_rows,
             max_model_len=self._max_model_len,
         )
@@ -100,19 +99,17 @@ class Runner:
         max_blocks = -(-self._max_model_len // self.kv.block_size)
         return DeviceTables(self._num_rows, max_blocks, self.kv.scratch_block, self._sampler.last_tokens.device)
 
-    def looks_back(self, sequence: Sequence) -> bool:
-        """Whether choosing a sequence's next token takes the values of those before, on the host."""
-        return self._sampler.looks_back(sequence)
-
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Choices:
         """Start a step; it chooses a token for each chunk that reaches the end of what its sequence knows."""
         if plan.encodes:
             self.model.encode(self._builder.build_sources(plan.encodes), self.kv)
-        sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
-        logits = None if self._graphs is None else self._graphs.run(plan)
-        if logits is None:
-            logits = self.model(self._builder.build(plan.chunks), self.kv)
-        elif len(sampling) < len(plan.chunks):
-            logits = logits.index_select(0, upload(np.array(sampling, dtype=np.int64), logits.device))
-        return self._sampler.choose(logits, [plan.chunks[index].sequence for index in sampling])
+        sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        computed = None if self._graphs is None else self._graphs.run(plan)
+        if computed is None:
+            return self._sampler.choose(self.model(self._builder.build(plan.chunks), self.kv), sampling)
+        logits, tokens = (rows[: len(plan.chunks)] for rows in computed)
+        if len(sampling) < len(plan.chunks):
+            those = np.flatnonzero([chunk.samples for chunk in plan.chunks])
+            logits, tokens = (rows.index_select(0, upload(those, rows.device)) for rows in (logits, tokens))
+        return self._sampler.choose(logits, sampling, tokens)

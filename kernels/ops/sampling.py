@@ -47,6 +47,7 @@ __all__ = [
     "dense_noise",
     "edit_logits",
     "gumbel_noise",
+    "logprobs_of",
     "noise_of",
     "philox",
     "sample",
@@ -123,7 +124,10 @@ def sample(logits: Tensor, rows: SamplingRows | None = None) -> Sampled:
     if rows is None:
         return Sampled(tokens=choose(logits), logprobs=None)
     tokens = choose(edit_logits(logits, rows), rows)
-    return Sampled(tokens=tokens, logprobs=_logprobs(logits, tokens, rows))
+    if rows.logprob_rows is None:
+        return Sampled(tokens=tokens, logprobs=None)
+    those = rows.logprob_rows
+    return Sampled(tokens=tokens, logprobs=logprobs_of(logits[those], tokens[those], rows.num_logprobs))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -217,10 +221,9 @@ def _largest_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return top.values, indices.gather(1, top.indices)
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, rows: SamplingRows) -> Logprobs | None:
-    if rows.logprob_rows is None:
-        return None
-    raw, tokens, count = logits[rows.logprob_rows].float(), tokens[rows.logprob_rows], rows.num_logprobs
+def logprobs_of(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
+    """Log probabilities of the chosen `tokens` [L] and of the `count` likeliest ones, under raw logits [L, vocab]."""
+    raw = logits.float()
     total = raw.logsumexp(-1, keepdim=True)
     chosen = raw.gather(1, tokens.clamp(min=0)[:, None]) - total
     if count == 0:

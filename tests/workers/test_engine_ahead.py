@@ -85,7 +85,7 @@ def test_a_row_and_blocks_taken_over_in_flight_are_the_new_streams_own(one):
 
 
 def test_penalties_see_the_tokens_before(one):
-    """They are counted on the host: such a stream is read before its next step is launched."""
+    """They are counted before anybody reads them."""
     _, folder = one
     settings = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "max_tokens": 12}
     streams = [assign(text, request=index, **settings) for index, text in enumerate(PROMPTS)]
