@@ -67,7 +67,7 @@ def choose(logits: Tensor, rows: SamplingRows | None = None) -> Tensor:
     tiles = triton.cdiv(vocab, tile)
     share = triton.cdiv(tiles, max(1, min(tiles, _MOST_PARTS, _PROGRAMS // num_rows))) * tile
     grid = num_rows, triton.cdiv(vocab, share)
-    of_rows = (logits, logits.stride(0), vocab, share)
+    of_rows = (logits, logits.stride(0) if num_rows > 1 else vocab, vocab, share)
     peaks = logits.new_empty(grid, dtype=torch.float32), logits.new_empty(grid, dtype=torch.int32)
     options = {"num_warps": _WARPS, **OPTIONS, **chained(logits.device)}
     if rows is None:
@@ -75,20 +75,21 @@ def choose(logits: Tensor, rows: SamplingRows | None = None) -> Tensor:
         _join[(num_rows,)](*peaks, tokens, grid[1], PARTS=_MOST_PARTS, **options)
         return tokens
     bests = torch.empty_like(peaks[0]), torch.empty_like(peaks[1])
-    masses = logits.new_empty((2, *grid), dtype=torch.int64)  # of all tokens, and of those kept for sure
+    masses = [logits.new_empty(grid, dtype=torch.int64) for _ in range(2)]  # of all tokens, of those kept for sure
     counts = logits.new_empty((num_rows, BINS.value), dtype=torch.int32)
     state = logits.new_empty((num_rows, 4), dtype=torch.int32)  # tokens listed, the first and last edge, rest of top_k
     listed = logits.new_empty((2, num_rows, _LISTED), dtype=torch.int32)  # distances, tokens
     filters = (rows.temperature, rows.top_k, rows.top_p)
     stream = (rows.min_p, rows.seeds, rows.choices, rows.positions)
+    assert all(column.is_contiguous() for column in (*filters, *stream))
     _peak[grid](*of_rows, *peaks, counts, state, TILE=tile, **options)
     _count[grid](*of_rows, peaks[0], *filters, counts, masses[0], PARTS=_MOST_PARTS, TILE=tile, **options)
     _narrow[grid](
-        *of_rows, peaks[0], *filters, *stream, *bests, counts, masses[0], masses[1], state, listed[0], listed[1],
+        *of_rows, peaks[0], *filters, *stream, *bests, counts, *masses, state, listed[0], listed[1],
         PARTS=_MOST_PARTS, LISTED=_LISTED, LANES=_LANES, **options,
     )  # fmt: skip
     _decide[(num_rows,)](
-        *of_rows, *peaks, *filters, *stream, *bests, masses[0], masses[1], state, listed[0], listed[1], tokens,
+        *of_rows, *peaks, *filters, *stream, *bests, *masses, state, listed[0], listed[1], tokens,
         PARTS=_MOST_PARTS, LISTED=_LISTED, TILE=_LISTED_TILE, **options | {"num_warps": _LISTED_WARPS},
     )  # fmt: skip
     return tokens

@@ -212,6 +212,26 @@ def test_one_graph_serves_every_mix_of_rows(kernels: Kernels, case):
         assert torch.equal(tokens.cpu(), op.choose(values, fresh)), turn
 
 
+@cases((), [torch.bfloat16])
+def test_logprobs_can_be_part_of_a_graph(kernels: Kernels, case):
+    logits = torch.randn(4, 50_257, device="cuda").to(case)
+    rows = make_rows(4, logprob_rows=torch.tensor([0, 2, 3]), num_logprobs=5)
+    on_device = to_device(rows, "cuda")
+    op.sample(logits, on_device)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampled = op.sample(logits, on_device)
+    for _ in range(3):
+        values = (torch.randn(4, 50_257) * 3.0).to(case)
+        logits.copy_(values)
+        graph.replay()
+        found, expected = to_device(sampled, "cpu"), op.sample(values, rows)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.logprobs.top_tokens, expected.logprobs.top_tokens)
+        torch.testing.assert_close(found.logprobs.top, expected.logprobs.top, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.logprobs.chosen, expected.logprobs.chosen, rtol=1e-5, atol=1e-5)
+
+
 @cases((), ["words"])
 def test_the_generators_words_are_the_same(kernels: Kernels, case):
     counter = tuple(torch.randint(0, 2**32, (1000,)) for _ in range(4))
