@@ -30,13 +30,16 @@ from headrace.kernels.ops.attention import paged_attention
 from headrace.kernels.ops.edits import count, edit
 from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.full_attention import full_attention
-from headrace.kernels.ops.norm import add_norm, norm
+from headrace.kernels.ops.linear import linear, share_norm
+from headrace.kernels.ops.norm import norm
+from headrace.kernels.ops.placement import EXPECTED, place
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
 from headrace.kernels.ops.sampling import choose
 from headrace.kernels.spec import AttentionSpec, RotarySpec
 from tests.kernels.test_edits import make_tables
 from tests.kernels.test_pairs import ACTIVATIONS, CROWDS, NORMS, QK_NORMS, make_experts
 from tests.kernels.test_pairs_attention import EXTRAS, make_spec
+from tests.kernels.test_pairs_linear import AROUND, FEW, SKINNY, make
 from tests.kernels.test_sampling_gpu import make_rows
 from tests.support.batches import make_batch
 from tests.support.kernels import Kernels
@@ -52,27 +55,37 @@ def norm_cases() -> Iterator[Case]:
     """Rows of a part of a tile, of one value, of one value more than a tile; no row; rows out of wider ones."""
     shapes = [*product(DTYPES, [(3, 1000)], NORMS), *product([BFLOAT], [(1, 1), (2, 4097), (0, 8)], ["rms", "layer"])]
     for dtype, shape, name in shapes:
-        yield f"{name} {dtype} {shape}", lambda run, case=(dtype, shape, name): _norm(run, norm, *case)
+        yield f"{name} {dtype} {shape}", lambda run, case=(dtype, shape, name): _norm(run, *case)
     yield "heads of wider rows", _norm_of_heads
 
 
-def add_norm_cases() -> Iterator[Case]:
-    """As for `norm`, with a residual."""
-    for dtype, shape, name in [*product(DTYPES, [(3, 1000)], NORMS), *product([HALF], [(1, 1), (2, 4097)], ["layer"])]:
-        yield f"{name} {dtype} {shape}", lambda run, case=(dtype, shape, name): _norm(run, add_norm, *case)
-
-
-def _norm(run: Kernels, op: Callable[..., Any], dtype: torch.dtype, shape: tuple[int, int], name: str) -> None:
+def _norm(run: Kernels, dtype: torch.dtype, shape: tuple[int, int], name: str) -> None:
     spec = NORMS[name]
     weight = torch.randn(shape[1]).to(dtype) if spec.affine else None
     bias = torch.randn(shape[1]).to(dtype) if name == "layer" else None
-    rows = [torch.randn(shape).to(dtype) for _ in range(1 if op is norm else 2)]
-    run(op, *rows, weight, bias, spec)
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    run(norm, x, weight, bias, spec)
+    run(norm, x, weight, bias, spec, residual=residual)
 
 
 def _norm_of_heads(run: Kernels) -> None:
     rows = torch.randn(3, 5, 33).to(run.device)
     run(norm, rows[:, 2:], torch.randn(33), None, NORMS["rms"])
+
+
+def linear_cases() -> Iterator[Case]:
+    """Parts of tiles in each direction, depths in parts, one row and many, no row; all that comes before and after."""
+    for case in [*product([HALF], [*FEW, *SKINNY, (0, 10, 72)], ["all"]), *product([FLOAT], FEW[:2], AROUND)]:
+        given = make(*case)
+        arguments = [given.pop(name) for name in ("x", "weight", "bias")]
+        yield str(case), lambda run, arguments=arguments, given=given: run(linear, *arguments, **given)
+
+
+def share_norm_cases() -> Iterator[Case]:
+    """One row, and several."""
+    for rows in (1, 3):
+        given = make(HALF, (rows, 10, 1001), "layer")
+        yield f"{rows} rows", lambda run, given=given: run(share_norm, given["x"], given["before"])
 
 
 def activate_cases() -> Iterator[Case]:
@@ -258,18 +271,30 @@ def _sum(x, out, size, BLOCK: tl.constexpr):  # noqa: N803  # constants of a ker
     tl.store(out, tl.sum(tl.load(x + place, mask=place < size, other=0.0), axis=0))
 
 
+def place_cases() -> Iterator[Case]:
+    """The last entry of the last row's table, and none that is expected beyond its row."""
+    for count, width in [(1, 1), (3, 5), (4, 1500)]:
+        rows = torch.arange(count).flip(0)
+        tables, last_tokens = torch.ones(count, width, dtype=torch.int32), torch.arange(count)
+        tokens, positions = torch.full((count,), EXPECTED), torch.full((count,), width * 16 - 1)
+        arguments = tokens, positions, rows, tables, last_tokens, 16
+        yield f"{count} tables of {width}", lambda run, arguments=arguments: run(place, *arguments)
+
+
 # op -> its cases
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "activate": activate_cases,
-    "add_norm": add_norm_cases,
     "choose": choose_cases,
     "count": count_cases,
     "edit": edit_cases,
     "experts": experts_cases,
     "full_attention": full_attention_cases,
+    "linear": linear_cases,
     "norm": norm_cases,
     "paged_attention": paged_attention_cases,
+    "place": place_cases,
     "rotate_and_cache": rotate_and_cache_cases,
+    "share_norm": share_norm_cases,
 }
 
 

@@ -57,7 +57,8 @@ def to_device(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, tuple):
-        return tuple(to_device(item, device) for item in value)
+        items = [to_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)  # it may be a named one
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
