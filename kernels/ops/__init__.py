@@ -4,8 +4,9 @@
     x_triton.py    its kernel, imported when the first tensor of a GPU comes
     pair.py        joins the two and picks by device, which nothing else does
 
-`attend_triton.py` is the kernel of both attentions, `math_triton.py` what kernels share. `linear` leaves a GPU to
-cuBLAS, and of `sampling` only the drawing has a kernel; the rest of both runs anywhere.
+`attend_triton.py` and `decode_triton.py` are the kernels of all attentions, for many queries of a sequence and for one;
+what kernels share is in `math_triton.py`, `launch_triton.py`, `scores_triton.py` and `rotation_triton.py`. `linear`
+leaves a GPU to cuBLAS, and of `sampling` only the drawing has a kernel; the rest of both runs anywhere.
 
 A kernel computes in float32 and rounds at the edge, takes any shape, and reads nothing that is masked: what is not a
 number stays where it is. Tile sizes are fixed in a table at the top of each file, with the reason; nothing is tuned at

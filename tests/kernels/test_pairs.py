@@ -71,6 +71,7 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "full_attention",
         "norm",
         "paged_attention",
+        "rotate_and_attend",
         "rotate_and_cache",
     }
 
