@@ -69,6 +69,7 @@ def attend(
     assert dims <= 256, "no tiles are known for heads of more than 256 values"
     assert q_thd.stride(1) == keys.stride(1) == values.stride(1) == spec.head_dim
     assert keys.stride(0) == values.stride(0)
+    assert spec.scale > 0
     rows, columns, warps, stages = _TILES[q_thd.element_size(), max(dims, 64)]
     heads = min(group, _MOST_PACKED_HEADS)
     head_tiles = triton.cdiv(group, heads)
@@ -196,22 +197,30 @@ def _attend(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     found = tl.zeros((ROWS, DIMS), tl.float32)
+    block = 0
+    if PAGED:  # the blocks of a tile are looked up before its turn
+        block_row = block_tables + sequence * table_stride
+        key = first + tl.arange(0, COLUMNS)
+        block = tl.load(block_row + key // BLOCK_SIZE, mask=key < stop, other=0)
     for AT_EDGE in tl.static_range(2):
         for begin in range(edge if AT_EDGE else first, stop if AT_EDGE else edge, COLUMNS):
             key = begin + tl.arange(0, COLUMNS)
             held = key < stop
             if PAGED:
-                block = tl.load(block_tables + sequence * table_stride + key // BLOCK_SIZE, mask=held, other=0)
                 slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
+                next_key = key + COLUMNS
+                block = tl.load(block_row + next_key // BLOCK_SIZE, mask=next_key < stop, other=0)
             else:
                 slot = start + key
-            place = slot * slot_stride + kv_head * HEAD_DIM
-            held_k = held[None, :] & (dims < HEAD_DIM)[:, None]
-            k_tile = tl.load(keys + place[None, :] + dims[:, None], mask=held_k, other=0.0)
+            place = (slot * slot_stride + kv_head * HEAD_DIM)[:, None] + dims[None, :]
+            held_values = held[:, None] & (dims < HEAD_DIM)[None, :]
+            k_tile = tl.load(keys + place, mask=held_values, other=0.0)
+            v_tile = tl.load(values + place, mask=held_values, other=0.0)
             if WIDE:
                 k_tile = k_tile.to(tl.float32)
-            products = tl.dot(q_tile, k_tile, input_precision="ieee")
-            scores = scores_of(
+                v_tile = v_tile.to(tl.float32)
+            products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            scores, factor = scores_of(
                 products,
                 key[None, :],
                 position[:, None],
@@ -236,11 +245,7 @@ def _attend(
                 if WINDOWED:
                     visible &= key[None, :] > position[:, None] - window
                 scores = tl.where(visible, scores, float("-inf"))
-            held_v = held[:, None] & (dims < HEAD_DIM)[None, :]
-            v_tile = tl.load(values + place[:, None] + dims[None, :], mask=held_v, other=0.0)
-            if WIDE:
-                v_tile = v_tile.to(tl.float32)
-            largest, total, found = absorb(scores, v_tile, largest, total, found)
+            largest, total, found = absorb(scores, factor, v_tile, largest, total, found)
 
     found = found / tl.where(total == 0.0, 1.0, total)[:, None]
     out_place = (start + query)[:, None] * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dims[None, :]

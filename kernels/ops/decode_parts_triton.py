@@ -1,4 +1,4 @@
-"""Parts of the kernel of decodes: what it reads of the cache, its own key and value, and how what was found is joined."""
+"""Steps of the kernel of decodes: what it reads of the cache, the newest key and value, and how parts are joined."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations

@@ -106,6 +106,7 @@ def decode(
     assert q.stride(-1) == 1
     assert keys.stride(1) == values.stride(1) == spec.head_dim
     assert keys.stride(0) == values.stride(0)
+    assert spec.scale > 0
     columns, warps, stages = _TILES[q.element_size(), max(dims, 64)]
     heads = min(group, _ROWS)
     tiles = spec.num_kv_heads * triton.cdiv(group, heads)
@@ -320,7 +321,7 @@ def _decode(
                 NORM,
                 UNIT_OFFSET,
             )
-            scores = scores_of(
+            scores, factor = scores_of(
                 tl.sum(q_tile.to(tl.float32) * k_new, axis=1)[:, None],
                 position + tl.zeros((1, 1), tl.int32),
                 position,
@@ -338,7 +339,7 @@ def _decode(
                 CAPPED,
                 ROUNDED,
             )
-            largest = tl.max(scores, axis=1)
+            largest = tl.max(scores, axis=1) * factor
             total = tl.full((ROWS,), 1.0, tl.float32)
             found = v_new + tl.zeros((ROWS, DIMS), tl.float32)
 
@@ -347,7 +348,7 @@ def _decode(
     next_key = key + step
     block = tl.load(block_row + next_key // BLOCK_SIZE, mask=next_key < stop, other=0)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    scores = scores_of(
+    scores, factor = scores_of(
         products,
         key[None, :],
         position,
@@ -366,7 +367,7 @@ def _decode(
         ROUNDED,
     )
     scores = tl.where(held[None, :], scores, float("-inf"))
-    largest, total, found = absorb(scores, v_tile, largest, total, found)
+    largest, total, found = absorb(scores, factor, v_tile, largest, total, found)
     for tile in range(begin + step, stop, step):
         key = tile + tl.arange(0, COLUMNS)
         held = key < stop
@@ -376,7 +377,7 @@ def _decode(
         next_key = key + step
         block = tl.load(block_row + next_key // BLOCK_SIZE, mask=next_key < stop, other=0)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        scores = scores_of(
+        scores, factor = scores_of(
             products,
             key[None, :],
             position,
@@ -395,7 +396,7 @@ def _decode(
             ROUNDED,
         )
         scores = tl.where(held[None, :], scores, float("-inf"))
-        largest, total, found = absorb(scores, v_tile, largest, total, found)
+        largest, total, found = absorb(scores, factor, v_tile, largest, total, found)
 
     out_start = out + sequence * (NUM_HEADS * HEAD_DIM)
     if num_parts == 1:

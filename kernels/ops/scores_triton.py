@@ -72,11 +72,14 @@ def scores_of(
     CAPPED: tl.constexpr,
     ROUNDED: tl.constexpr,
 ):
-    """Scores in powers of two, which is what the hardware has, of products [rows, keys].
+    """Scores of products [rows, keys], and a factor that makes them powers of two, which is what the hardware has.
 
-    `key` are the positions of the keys and `position` those of the queries, in shapes that fit the products.
+    `key` are the positions of the keys and `position` those of the queries, in shapes that fit the products. Where
+    nothing is added, products are scores: the factor is rounded together with the difference to the largest.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
+    if not (CAPPED or slopes is not None or table is not None):
+        return products, scale * LOG2_E
     scores = tanh(products * (scale / soft_cap)) * (soft_cap * LOG2_E) if CAPPED else products * (scale * LOG2_E)
     if slopes is not None:
         scores += _alibi(slope, key, position, ROUNDED) * (alibi_scale * LOG2_E)
@@ -84,7 +87,7 @@ def scores_of(
         far = tl.minimum(tl.maximum(key - position, -MAX_DISTANCE), MAX_DISTANCE) + MAX_DISTANCE
         entry = tl.load(buckets + far) * NUM_HEADS + head[:, None]
         scores += tl.load(table + entry, mask=held_rows[:, None], other=0.0).to(tl.float32) * LOG2_E
-    return scores
+    return scores, 1.0
 
 
 @triton.jit
@@ -97,15 +100,15 @@ def _alibi(slope, key, position, ROUNDED: tl.constexpr):
 
 
 @triton.jit
-def absorb(scores, v_tile, largest, total, found):
+def absorb(scores, factor, v_tile, largest, total, found):
     """The running softmax after some more scores [rows, keys] and values [keys, dims].
 
-    `largest` and `total` [rows] are the largest score and the sum of weights, `found` [rows, dims] the sum of weighted
+    `largest` and `total` [rows] are the largest power and the sum of weights, `found` [rows, dims] the sum of weighted
     values, all float32; hidden scores are minus infinity. Weights are rounded to the type of the values.
     """
-    new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+    new_largest = tl.maximum(largest, tl.max(scores, axis=1) * factor)
     base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(scores * factor - base[:, None])
     decay = tl.exp2(largest - base)
     total = total * decay + tl.sum(weights, axis=1)
     found = found * decay[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
