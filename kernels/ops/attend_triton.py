@@ -197,7 +197,7 @@ def _attend(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     found = tl.zeros((ROWS, DIMS), tl.float32)
-    block = 0
+    block = tl.zeros((COLUMNS,), tl.int32)
     if PAGED:  # the blocks of a tile are looked up before its turn
         block_row = block_tables + sequence * table_stride
         key = first + tl.arange(0, COLUMNS)
