@@ -60,7 +60,9 @@ class EncoderEngine:
         self.max_num_seqs = config.max_num_seqs
         self.kv_tokens = config.max_num_seqs * max_model_len
         self._step_tokens = max(config.max_batch_tokens, max_model_len)  # any text is read whole
-        self._runner = EncoderRunner(model)
+        self._runner = EncoderRunner(
+            model, max_tokens=self._step_tokens, max_texts=self.max_num_seqs, max_model_len=max_model_len
+        )
         self._queue: dict[tuple[bytes, int], _Waiting] = {}  # in order of arrival
         self._pending = StepResult()  # ends found outside of a step
         self._steps = 0
@@ -137,10 +139,17 @@ class EncoderEngine:
         self._runner.run([Text(tokens=tokens, pooling=PoolingParams())])
         if FILL_MASK in self.card.tasks:
             self._runner.run([Text(tokens=tokens[:1], masks=(0,), top=1)])
+        if self.config.cuda_graphs and self._runner.can_capture:
+            self._runner.capture()
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""
-        return {"running": 0, "waiting": len(self._queue), "prompt_tokens": self._prompt_tokens}
+        return {
+            "running": 0,
+            "waiting": len(self._queue),
+            "prompt_tokens": self._prompt_tokens,
+            "graph_replays": self._runner.num_replays,
+        }
 
     def validate(self) -> None:
         """Assert the invariants."""

@@ -35,6 +35,7 @@ from headrace.kernels.ops.norm import norm
 from headrace.kernels.ops.placement import EXPECTED, place
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
 from headrace.kernels.ops.sampling import choose
+from headrace.kernels.ops.self_attention import rotate_and_attend
 from headrace.kernels.spec import AttentionSpec, RotarySpec
 from tests.kernels.test_edits import make_tables
 from tests.kernels.test_pairs import ACTIVATIONS, CROWDS, NORMS, QK_NORMS, make_experts
@@ -227,6 +228,38 @@ def _paged(
         run(paged_attention, q_thd, keys, values, batch, spec, table)
 
 
+def rotate_and_attend_cases() -> Iterator[Case]:
+    """Decodes alone: every head size, every tile, everything that is added to scores; the last slot is written."""
+    for case in [
+        *product([HALF], HEADS, ["decodes"], ["plain"], ["no-norm"]),
+        *product([HALF], [USUAL], ["decodes"], [extra for extra in EXTRAS if extra != "cross"], ["rms"]),
+        *product([BFLOAT], [USUAL], ["token", "long decode"], ["plain"], ["unit-offset"]),
+        (FLOAT, HEADS[-1], "decodes", "plain", "layer"),
+        (BFLOAT, (71, 1, 64), "decodes", "plain", "no-norm"),
+    ]:
+        yield " ".join(map(str, case)), lambda run, case=case: _rotate_and_attend(run, *case)
+
+
+def _rotate_and_attend(
+    run: Kernels, dtype: torch.dtype, heads: tuple[int, int, int], lens_name: str, extra: str, norm_name: str
+) -> None:
+    spec = dataclasses.replace(make_spec(heads, extra), qk_norm=QK_NORMS[norm_name])
+    lens = LENS[lens_name]
+    scattered = make_batch(lens, block_size=16, num_blocks=8 * -(-max(context for _, context in lens) // 16))
+    qkv = torch.randn(len(lens), spec.qkv_size).to(dtype)
+    table = torch.randn(32, spec.num_heads).to(dtype) if spec.relative else None
+    settings: dict[str, Any] = {"cos_sin": torch.randn(len(lens), 2, spec.head_dim // 2)}
+    if spec.qk_norm is not None and spec.qk_norm.affine:
+        settings |= {weight: torch.rand(spec.head_dim).to(dtype) for weight in ("q_norm", "k_norm")}
+    for row in range(len(lens)):
+        batch, num_slots = _ending_with(scattered, row)
+        ends = torch.tensor(batch.context_lens_host) - 1
+        slots = batch.block_tables.long().gather(1, ends[:, None] // 16)[:, 0] * 16 + ends % 16
+        batch = dataclasses.replace(batch, slots=slots)
+        keys, values = (torch.randn(num_slots, spec.num_kv_heads, spec.head_dim).to(dtype) for _ in range(2))
+        run(rotate_and_attend, qkv, batch, keys, values, spec, table, **settings)
+
+
 def _ending_with(batch: Batch, row: int) -> tuple[Batch, int]:
     """The batch with its blocks renumbered so that a row's context ends the cache, and the slots that the cache has."""
     context, size = batch.context_lens_host[row], batch.block_size
@@ -273,12 +306,12 @@ def _sum(x, out, size, BLOCK: tl.constexpr):  # noqa: N803  # constants of a ker
 
 def place_cases() -> Iterator[Case]:
     """The last entry of the last row's table, and none that is expected beyond its row."""
-    for count, width in [(1, 1), (3, 5), (4, 1500)]:
-        rows = torch.arange(count).flip(0)
-        tables, last_tokens = torch.ones(count, width, dtype=torch.int32), torch.arange(count)
-        tokens, positions = torch.full((count,), EXPECTED), torch.full((count,), width * 16 - 1)
+    for num_rows, width in [(1, 1), (3, 5), (4, 1500)]:
+        rows = torch.arange(num_rows).flip(0)
+        tables, last_tokens = torch.ones(num_rows, width, dtype=torch.int32), torch.arange(num_rows)
+        tokens, positions = torch.full((num_rows,), EXPECTED), torch.full((num_rows,), width * 16 - 1)
         arguments = tokens, positions, rows, tables, last_tokens, 16
-        yield f"{count} tables of {width}", lambda run, arguments=arguments: run(place, *arguments)
+        yield f"{num_rows} tables of {width}", lambda run, arguments=arguments: run(place, *arguments)
 
 
 # op -> its cases
@@ -293,6 +326,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "norm": norm_cases,
     "paged_attention": paged_attention_cases,
     "place": place_cases,
+    "rotate_and_attend": rotate_and_attend_cases,
     "rotate_and_cache": rotate_and_cache_cases,
     "share_norm": share_norm_cases,
 }
