@@ -1,0 +1,176 @@
+"""How large the KV cache of a GPU's engine gets: refused before the weights are read, or measured once they are there.
+
+The measurement is a dry run: an engine with a small cache computes the largest steps that the settings allow. What
+they took is right whatever kernels and samplers do, which no formula is for long; and it costs little, for the kernels
+that it compiles are those that serve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from headrace.card import ModelCard
+from headrace.kernels.kv import KVCache
+from headrace.kernels.model import Model
+from headrace.kernels.spec import ModelSpec
+from headrace.messages import Assignment, pack_tokens
+from headrace.workers.config import EngineConfig
+from headrace.workers.device import gpu_memory
+from headrace.workers.engine import Engine, model_len
+from headrace.workers.graphs import sizes_up_to
+from headrace.workers.memory import (
+    LEAST_TOKENS,
+    GpuMemory,
+    Needs,
+    check_fits,
+    graph_bytes,
+    kv_blocks,
+    step_bytes,
+)
+
+__all__ = ["check_before_loading", "with_measured_cache"]
+
+_MARGIN = 1.05  # of what was measured: memory is handed out in pieces
+# Everything that a sampler can be asked for at once.
+_ALL_OPTIONS = {
+    "temperature": 0.9,
+    "top_k": 50,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "logprobs": 5,
+    "ignore_eos": True,
+    "seed": 1,
+}
+
+
+def check_before_loading(
+    spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> GpuMemory | None:
+    """Refuse a model that cannot fit; what there is of the GPU's memory, None for a CPU.
+
+    Raises:
+        ConfigError: a setting asks for too much.
+        ModelError: it does not fit at all.
+    """
+    if device.type != "cuda":
+        return None
+    memory = gpu_memory(device, config.gpu_memory_utilization)
+    tokens, asked = _least_cache(card, config)
+    needs = _estimated(spec, card, config, dtype)
+    check_fits(memory, needs, name=card.name, tokens=tokens, dtype=card.dtype, asked=asked)
+    return memory
+
+
+def with_measured_cache(
+    model: Model, card: ModelCard, config: EngineConfig, memory: GpuMemory | None, *, start_token: int | None
+) -> EngineConfig:
+    """The settings with the size of the KV cache, where neither they nor a CPU's defaults say it.
+
+    Args:
+        model: with its weights, on the GPU.
+        card: of it.
+        config: of the engine.
+        memory: of the GPU before the weights came.
+        start_token: of an encoder-decoder.
+
+    Raises:
+        ConfigError: a setting asks for too much.
+        ModelError: it does not fit at all.
+    """
+    if memory is None or config.kv_tokens is not None:
+        return config
+    length = model_len(card, config)
+    model.reserve_positions(length)
+    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
+    assert isinstance(device, torch.device)
+    assert isinstance(dtype, torch.dtype)
+    largest, decode = _dry_run(model, card, config, device, start_token)
+    now = gpu_memory(device, config.gpu_memory_utilization)
+    needs = Needs(
+        weights=max(0, now.held - memory.held),  # and tables, and the code of kernels
+        workspace=int(largest * _MARGIN),
+        graphs=_graphs(card, config, int(decode * _MARGIN)),
+        block=KVCache.bytes_per_block(model.spec, config.block_size, dtype),
+        block_size=config.block_size,
+    )
+    tokens, asked = _least_cache(card, config)
+    check_fits(memory, needs, name=card.name, tokens=tokens, dtype=card.dtype, asked=asked)
+    blocks = kv_blocks(memory, needs, max_model_len=length, max_num_seqs=config.max_num_seqs)
+    return dataclasses.replace(config, kv_tokens=blocks * config.block_size)
+
+
+def _least_cache(card: ModelCard, config: EngineConfig) -> tuple[int, str | None]:
+    """Tokens that the cache must hold, and the setting that says so."""
+    if config.kv_tokens is not None:
+        return config.kv_tokens, "kv_tokens"
+    if config.max_model_len is not None:
+        return config.max_model_len, "max_model_len"
+    return min(card.max_model_len, LEAST_TOKENS), None
+
+
+def _estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype) -> Needs:
+    """What is known without the weights."""
+    blank = Model(spec, dtype=dtype, device="meta")
+    tokens = max(config.max_batch_tokens, model_len(card, config)) if spec.is_encoder else config.max_batch_tokens
+    widest = max(max(layer.attention.qkv_size, (3 if layer.mlp.gated else 2) * layer.mlp.size) for layer in spec.layers)
+    rows = 0 if spec.is_encoder else config.max_num_seqs
+    return Needs(
+        weights=sum(parameter.nbytes for parameter in blank.parameters()),
+        workspace=step_bytes(
+            tokens=tokens,
+            rows=rows,
+            hidden=spec.hidden_size,
+            widest=widest,
+            vocab=spec.vocab_size,
+            value=dtype.itemsize,
+        ),
+        graphs=0 if spec.is_encoder else _graphs(card, config, 0),
+        block=0 if spec.is_encoder else KVCache.bytes_per_block(spec, config.block_size, dtype),
+        block_size=config.block_size,
+    )
+
+
+def _graphs(card: ModelCard, config: EngineConfig, decode: int) -> int:
+    sizes = sizes_up_to(config.max_num_seqs) if config.cuda_graphs else []
+    return graph_bytes(sizes=sizes, vocab=card.vocab_size, decode=decode)
+
+
+def _dry_run(
+    model: Model, card: ModelCard, config: EngineConfig, device: torch.device, start_token: int | None
+) -> tuple[int, int]:
+    """Bytes that the largest step took, and the largest decode step; with the tables that an engine keeps."""
+    rows, size, limit = config.max_num_seqs, config.block_size, model_len(card, config)
+    most = limit - 2 - (start_token is not None) * size  # a source fills its last block
+    share = max(1, min(-(-config.max_batch_tokens // rows), most))
+    # A source is read in one piece, however long.
+    longest = max(1, most if start_token is not None else min(config.max_batch_tokens, most))
+    blocks = max(2 * rows * (-(-(share + 2) // size) + 1), 2 * (-(-limit // size)))  # twice: for sources, too
+    small = dataclasses.replace(config, kv_tokens=blocks * size, cuda_graphs=False, prefix_cache=False)
+    before = torch.cuda.memory_allocated(device)
+    engine = Engine(model, card, small, start_token=start_token)
+    cache = (blocks + 2) * KVCache.bytes_per_block(model.spec, size, model.embedding.weight.dtype)
+    peaks = []
+    for count, length in ((rows, share), (1, longest), (rows, 1)):
+        torch.cuda.reset_peak_memory_stats(device)
+        for assignment in _prompts(count, length, min(2, limit - length), card.vocab_size):
+            engine.add(assignment, 0.0)
+        while engine.has_work:
+            engine.step(0.0)
+        peaks.append(torch.cuda.max_memory_allocated(device) - before - cache)
+    del engine
+    torch.cuda.empty_cache()
+    return max(peaks), peaks[-1]
+
+
+def _prompts(count: int, length: int, more: int, vocab: int) -> Iterator[Assignment]:
+    """Texts of one length that differ, to be continued by `more` tokens with everything asked for; none if 0."""
+    for row in range(count if more > 0 else 0):
+        prompt = pack_tokens((row + place) % vocab for place in range(length))
+        sampling = _ALL_OPTIONS | {"max_tokens": more}
+        yield Assignment(request=b"dry-%d" % row, choice=0, attempt=0, prompt=prompt, sampling=sampling)
