@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from headrace.card import ModelCard
+from headrace.errors import ModelError
 from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
 from headrace.kernels.spec import ModelSpec
@@ -30,23 +31,12 @@ from headrace.workers.memory import (
     kv_blocks,
     step_bytes,
 )
+from headrace.workers.warmup import all_options, longest_text
 
 __all__ = ["check_before_loading", "with_measured_cache"]
 
+_MORE = 2  # tokens that texts are continued by
 _MARGIN = 1.05  # of what was measured: memory is handed out in pieces
-# Everything that a sampler can be asked for at once.
-_ALL_OPTIONS = {
-    "temperature": 0.9,
-    "top_k": 50,
-    "top_p": 0.9,
-    "min_p": 0.05,
-    "repetition_penalty": 1.1,
-    "presence_penalty": 0.1,
-    "frequency_penalty": 0.1,
-    "logprobs": 5,
-    "ignore_eos": True,
-    "seed": 1,
-}
 
 
 def check_before_loading(
@@ -90,7 +80,14 @@ def with_measured_cache(
     device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
     assert isinstance(device, torch.device)
     assert isinstance(dtype, torch.dtype)
-    largest, decode = _dry_run(model, card, config, device, start_token)
+    try:
+        largest, decode = _dry_run(model, card, config, device, start_token)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{card.name} fits on the GPU, but the largest step that the settings allow does not: "
+            f"{str(error).partition(chr(10))[0]} Lower --max-num-batched-tokens or --max-num-seqs.",
+            param="max_num_batched_tokens",
+        ) from error
     now = gpu_memory(device, config.gpu_memory_utilization)
     needs = Needs(
         weights=max(0, now.held - memory.held),  # and tables, and the code of kernels
@@ -146,11 +143,14 @@ def _dry_run(
 ) -> tuple[int, int]:
     """Bytes that the largest step took, and the largest decode step; with the tables that an engine keeps."""
     rows, size, limit = config.max_num_seqs, config.block_size, model_len(card, config)
-    most = limit - 2 - (start_token is not None) * size  # a source fills its last block
-    share = max(1, min(-(-config.max_batch_tokens // rows), most))
-    # A source is read in one piece, however long.
-    longest = max(1, most if start_token is not None else min(config.max_batch_tokens, most))
-    blocks = max(2 * rows * (-(-(share + 2) // size) + 1), 2 * (-(-limit // size)))  # twice: for sources, too
+    sources = start_token is not None
+    most = longest_text(limit, _MORE, block_size=size, sources=sources)
+    if most < 1:
+        return 0, 0
+    share = min(-(-config.max_batch_tokens // rows), most)
+    longest = most if sources else min(config.max_batch_tokens, most)  # a source is read in one piece, however long
+    # One more for where the next token goes, and all twice: sources have blocks of their own.
+    blocks = 2 * max(count * (-(-(length + _MORE) // size) + 1) for count, length in ((rows, share), (1, longest)))
     small = dataclasses.replace(config, kv_tokens=blocks * size, cuda_graphs=False, prefix_cache=False)
     before = torch.cuda.memory_allocated(device)
     engine = Engine(model, card, small, start_token=start_token)
@@ -158,7 +158,7 @@ def _dry_run(
     peaks = []
     for count, length in ((rows, share), (1, longest), (rows, 1)):
         torch.cuda.reset_peak_memory_stats(device)
-        for assignment in _prompts(count, length, min(2, limit - length), card.vocab_size):
+        for assignment in _prompts(count, length, card.vocab_size):
             engine.add(assignment, 0.0)
         while engine.has_work:
             engine.step(0.0)
@@ -168,9 +168,9 @@ def _dry_run(
     return max(peaks), peaks[-1]
 
 
-def _prompts(count: int, length: int, more: int, vocab: int) -> Iterator[Assignment]:
-    """Texts of one length that differ, to be continued by `more` tokens with everything asked for; none if 0."""
-    for row in range(count if more > 0 else 0):
+def _prompts(count: int, length: int, vocab: int) -> Iterator[Assignment]:
+    """Texts of one length that differ, to be continued with everything asked for."""
+    for row in range(count):
         prompt = pack_tokens((row + place) % vocab for place in range(length))
-        sampling = _ALL_OPTIONS | {"max_tokens": more}
+        sampling = all_options() | {"max_tokens": _MORE, "ignore_eos": True, "seed": 1}
         yield Assignment(request=b"dry-%d" % row, choice=0, attempt=0, prompt=prompt, sampling=sampling)

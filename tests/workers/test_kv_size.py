@@ -113,7 +113,7 @@ def test_the_cache_takes_what_weights_and_steps_leave(loaded, gpu):
     memory = gpu(1000 * MIB, held=100 * MIB)
     before = memory(GPU, 0.8)
     memory.held += 200 * MIB  # the weights came
-    cache = 2 * 512 // 16 + 2  # blocks of the dry run: a text of full length, and a source
+    cache = 2 * 4 * (-(-27 // 16) + 1) + 2  # blocks of the dry run: four texts of 25 tokens and two more
     memory.peak = 50 * MIB + cache * block
     config = sized(loaded, before, cuda_graphs=False)
     assert config.kv_tokens == 4 * 512  # no more is of use
@@ -133,17 +133,28 @@ def test_what_steps_take_can_make_it_too_much(loaded, gpu):
         sized(loaded, before, cuda_graphs=False)
 
 
+def test_a_step_for_which_there_is_no_memory_is_said_to_be_too_large(loaded, gpu, monkeypatch):
+    gpu(1000 * MIB)
+
+    def fail(engine, now):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 GiB.\nMore about it.")
+
+    monkeypatch.setattr(Engine, "step", fail)
+    with pytest.raises(ModelError, match=r"Tried to allocate 5 GiB\. Lower --max-num-batched-tokens"):
+        sized(loaded, GpuMemory(total=1000 * MIB, held=0, utilization=0.9))
+
+
 def test_settings_of_a_person_decide(loaded, gpu):
     gpu(1000 * MIB)
     assert sized(loaded, GpuMemory(total=0, held=0, utilization=0.9), kv_tokens=160).kv_tokens == 160
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_model_len": 2}, {"max_model_len": 1}, {"max_num_seqs": 1}])
+@pytest.mark.parametrize("settings", [{}, {"max_model_len": 3}, {"max_model_len": 2}, {"max_num_seqs": 1}])
 def test_the_dry_run_computes_the_largest_steps(loaded, gpu, monkeypatch, settings):
     plans = plans_of(monkeypatch)
     gpu(10_000 * MIB)
     sized(loaded, GpuMemory(total=10_000 * MIB, held=0, utilization=0.9), **settings)
-    if settings.get("max_model_len") == 1:
+    if settings.get("max_model_len") == 2:
         assert not plans
     elif "max_model_len" not in settings:
         rows = settings.get("max_num_seqs", 4)
