@@ -60,6 +60,11 @@ class EncoderRunner:
         self._device = model.embedding.weight.device
         assert isinstance(self._device, torch.device)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return self._device.type == "cuda"
+
     @torch.inference_mode()
     def run(self, texts: Sequence[Text]) -> list[Items | None]:
         """Compute texts together; None for one whose results are not numbers."""
