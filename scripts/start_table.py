@@ -11,7 +11,7 @@ _NAMES = {
     "imports": "python and imports",
     "model": "config and device",
     "weights": "reading weights",
-    "memory": "KV cache",
+    "memory": "sizing the cache",
     "kernels": "warming up",
     "graphs": "CUDA graphs",
     "broker": "connecting",

@@ -10,7 +10,7 @@ from headrace.errors import ConfigError, HeadraceError
 from headrace.workers.config import EngineConfig
 from headrace.workers.start_report import StartReport
 
-__all__ = ["EVENT_KINDS", "GroupEvent", "GroupSpec"]
+__all__ = ["ENGINE", "EVENT_KINDS", "GroupEvent", "GroupSpec"]
 
 ENGINE = "headrace.workers.engines:load_engine"
 

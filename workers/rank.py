@@ -23,7 +23,8 @@ from typing import Any
 from headrace.addresses import cache_dir
 from headrace.errors import ConfigError
 from headrace.processes import Parent, parent
-from headrace.workers.group import GroupSpec
+from headrace.workers.early import begin_early
+from headrace.workers.group import ENGINE, GroupSpec
 from headrace.workers.leader_loop import LeaderLoop
 from headrace.workers.plan import PlanWriter, follow
 from headrace.workers.rank_threads import use_threads
@@ -65,6 +66,8 @@ def run_rank(
     keep_kernels()
     clock = StartClock(began)
     group = GroupSpec.from_wire(spec)
+    if group.engine == ENGINE:
+        begin_early(group.folder, group.config.device)
     engine = _load(group, launcher, clock)
     launcher.send("warming")
     _warm_up(engine, clock)
