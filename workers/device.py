@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from headrace.errors import ConfigError
+from headrace.workers.memory import GpuMemory
 
-__all__ = ["Download", "pick_device", "upload"]
+__all__ = ["Download", "gpu_memory", "pick_device", "upload"]
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -33,6 +34,13 @@ def pick_device(wanted: str) -> torch.device:
         )
     torch.cuda.set_device(index)  # kernels are launched on the current device
     return torch.device("cuda", index)
+
+
+def gpu_memory(device: torch.device, utilization: float) -> GpuMemory:
+    """A GPU's memory, with all that is in use as held; what torch keeps for later is not in use."""
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return GpuMemory(total=total, held=total - free - kept, utilization=utilization)
 
 
 def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:

@@ -68,7 +68,7 @@ class EncoderRunner:
         self._graphs: TextGraphs | None = None
 
     @property
-    def can_capture(self) -> bool:
+    def on_gpu(self) -> bool:
         """Whether steps can become graphs: only on a GPU."""
         return self._device.type == "cuda"
 

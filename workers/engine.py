@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,12 +34,14 @@ from headrace.kernels.kv import KVCache
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, pack_tokens, unpack_tokens
 from headrace.sampling import SamplingParams
 from headrace.tasks import GENERATE
+from headrace.workers.compilations import compilations
 from headrace.workers.config import EngineConfig
 from headrace.workers.memory import default_kv_blocks
 from headrace.workers.runner import Runner
 from headrace.workers.sampler import Choice, Choices
 from headrace.workers.scheduler import Filled, Plan, Scheduler
 from headrace.workers.sequence import Sequence
+from headrace.workers.warmup import examples
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
@@ -116,6 +119,7 @@ class Engine:
         self._steps = 0
         self._generated_tokens = 0
         self._prompt_tokens = 0
+        self._compiled = compilations()  # before it was ready
 
     # ---------------------------------------------------------------------------------------------------- streams
 
@@ -201,21 +205,23 @@ class Engine:
             if self._sequences.get(_key(choice.sequence)) is choice.sequence:
                 self._take(choice, result)
 
-    def warm_up(self) -> None:
-        """Compute a small prompt and a token after it, so that the first request finds everything in place."""
+    def warm_up(self, told: Callable[[str], None] = lambda phase: None) -> None:
+        """Compute what compiles all that serving needs, and capture graphs, so that the first request finds everything
+        in place; `told` hears "kernels", then "graphs" if there are any."""
         assert not self._sequences, "warm up before taking streams on"
-        length = min(32, self.card.max_model_len - 2)
-        if length < 1:
-            return
         counters = (self._generated_tokens, self._prompt_tokens, dataclasses.replace(self._scheduler.stats))
-        prompt = pack_tokens(index % self.card.vocab_size for index in range(length))
-        sampling = {"temperature": 0.0, "max_tokens": 2, "ignore_eos": True}
-        self.add(Assignment(request=b"warm-up", choice=0, attempt=0, prompt=prompt, sampling=sampling), 0.0)
-        while self.has_work:
-            self.step(0.0)
+        told("kernels")
+        sources, everything = self._start_token is not None, self._runner.on_gpu
+        for streams in examples(self.card, self.config, sources=sources, everything=everything):
+            for assignment in streams:
+                self.add(assignment, 0.0)
+            while self.has_work:
+                self.step(0.0)
         self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
         if self.config.cuda_graphs and self._runner.on_gpu:
+            told("graphs")
             self._runner.capture()
+        self._compiled = compilations()
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""
@@ -229,6 +235,8 @@ class Engine:
             "prefix_queries": scheduler.stats.prefix_queries,
             "preemptions": scheduler.stats.preemptions,
             "graph_replays": self._runner.num_replays,
+            "graphs": self._runner.num_graphs,
+            "compilations": compilations() - self._compiled,
             "generated_tokens": self._generated_tokens,
             "prompt_tokens": self._prompt_tokens,
         }

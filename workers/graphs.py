@@ -35,11 +35,32 @@ from headrace.workers.scheduler import Chunk, Plan
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
 
-__all__ = ["Computed", "DeviceTables", "Standing", "StaticDecodes", "StaticPrompts", "StaticStep", "StepGraphs"]
+__all__ = [
+    "Computed",
+    "DeviceTables",
+    "Standing",
+    "StaticDecodes",
+    "StaticPrompts",
+    "StaticStep",
+    "StepGraphs",
+    "decode_sizes",
+    "prompt_sizes",
+]
 
 # Up to here a prompt is read about as fast as its weights are: what fills a step up costs next to nothing. Beyond, a
 # size and a half keep it under a third. A step of the largest size runs longer than its kernels take to launch.
 _PROMPT_SIZES = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+
+
+def decode_sizes(num_rows: int) -> tuple[int, ...]:
+    """Sequences of decodes that get a graph: few are wasted on filling up, and few graphs are needed."""
+    return tuple(sorted({1, 2, 4, *range(8, num_rows, 8), num_rows} & set(range(1, num_rows + 1))))
+
+
+def prompt_sizes(max_tokens: int) -> tuple[int, ...]:
+    """Tokens of steps with prompts that get a graph."""
+    sizes = tuple(size for size in _PROMPT_SIZES if size < max_tokens)
+    return (*sizes, max_tokens) if max_tokens <= _PROMPT_SIZES[-1] else sizes
 
 
 class DeviceTables:
@@ -163,8 +184,7 @@ class StaticDecodes(StaticStep):
     def __init__(self, standing: Standing, sources: DeviceTables | None = None) -> None:
         num_rows = standing.num_rows
         super().__init__(standing, num_inputs=(4 + NUM_SETTINGS) * num_rows)
-        # Few are wasted on filling up, and few graphs are needed.
-        self.sizes = tuple(sorted({1, 2, 4, *range(8, num_rows, 8), num_rows} & set(range(1, num_rows + 1))))
+        self.sizes = decode_sizes(num_rows)
         self._sources = sources
         device = standing.sampler.last_tokens.device
         self._starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
@@ -230,8 +250,7 @@ class StaticPrompts(StaticStep):
     """Steps of any sequences of a decoder, prompts among them; sizes count tokens."""
 
     def __init__(self, standing: Standing, max_tokens: int) -> None:
-        self.sizes = tuple(size for size in _PROMPT_SIZES if size < max_tokens)
-        self.sizes += (max_tokens,) if max_tokens <= _PROMPT_SIZES[-1] else ()
+        self.sizes = prompt_sizes(max_tokens)
         super().__init__(standing, num_inputs=self._num_inputs(self.sizes[-1], standing.num_rows))
 
     @staticmethod
@@ -306,6 +325,9 @@ class StepGraphs:
     Attributes:
         replays: steps computed by a graph.
     """
+
+    def __len__(self) -> int:
+        return len(self._graphs)
 
     def __init__(self, kinds: Items[StaticStep]) -> None:
         self.replays = 0

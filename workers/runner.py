@@ -68,6 +68,11 @@ class Runner:
         """Steps computed by a graph."""
         return 0 if self._graphs is None else self._graphs.replays
 
+    @property
+    def num_graphs(self) -> int:
+        """Sizes of batches that have a graph."""
+        return 0 if self._graphs is None else len(self._graphs)
+
     def capture(self) -> None:
         """Make graphs of steps of all sizes; call it when nothing runs. Without room for them there are none."""
         try:

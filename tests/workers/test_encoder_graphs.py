@@ -105,7 +105,7 @@ def test_without_room_for_graphs_texts_are_read_without(folder, monkeypatch, cap
     def no_room(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr(EncoderRunner, "can_capture", True)
+    monkeypatch.setattr(EncoderRunner, "on_gpu", True)
     monkeypatch.setattr(EncoderRunner, "_captured", no_room)
     engine.warm_up()
     assert "no memory for CUDA graphs (CUDA out of memory" in caplog.text
@@ -115,7 +115,7 @@ def test_without_room_for_graphs_texts_are_read_without(folder, monkeypatch, cap
 
 def test_graphs_can_be_switched_off(folder, monkeypatch):
     engine = load(folder, device="cpu", cuda_graphs=False)
-    monkeypatch.setattr(EncoderRunner, "can_capture", True)
+    monkeypatch.setattr(EncoderRunner, "on_gpu", True)
     engine.warm_up()
     assert engine._runner._graphs is None
 
