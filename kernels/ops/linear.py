@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["linear", "pack_weight"]
 
-_TYPICAL_ROWS = 8  # the layout that serves it is best from 1 to 512 rows (benchmarks/engine.py)
+_TYPICAL_ROWS = 8  # the layout that serves it is best from 1 to 512 rows (`headrace bench latency`)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
