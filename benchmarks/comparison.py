@@ -161,12 +161,11 @@ class Comparison:
         for runner in self._runners:
             runner.close()
 
-    def run(self, cases: Sequence[Case], *, rounds: int, trace: Path | None = None) -> list[dict[str, Any]]:
+    def run(self, cases: Sequence[Case], *, trace: Path | None = None) -> list[dict[str, Any]]:
         """Measure cases of one model; what the profiler found of each, if traces are wanted.
 
         Args:
             cases: with the same source.
-            rounds: of each, besides one that is not timed.
             trace: folder for traces of the profiler; None for none.
         """
         source = cases[0].source
@@ -185,7 +184,7 @@ class Comparison:
             if time.monotonic() > self._deadline:
                 self._leave_out(case, model, "not measured: the time was over")
                 continue
-            self._measure(case, model, rounds)
+            self._measure(case, model)
             if trace is not None:
                 found += self._profile(case, model, trace)
         return found
@@ -199,12 +198,12 @@ class Comparison:
             seed=self._seed,
         )
 
-    def _measure(self, case: Case, model: dict[str, Any], rounds: int) -> None:
+    def _measure(self, case: Case, model: dict[str, Any]) -> None:
         measure = MEASURES[case.measure]
         timelines: dict[str, list[Timeline]] = {runner.name: [] for runner in self._runners}
         failed: dict[str, str] = {}
         warm = replace(case, output_tokens=min(case.output_tokens, _WARM_TOKENS))
-        for number in range(-1, rounds):
+        for number in range(-1, case.rounds):
             for runner in self._runners:
                 if runner.name in failed:
                     continue

@@ -25,6 +25,7 @@ class Case:
         batch: sequences at once.
         prompt_tokens: of each.
         output_tokens: of each.
+        rounds: that are timed.
     """
 
     measure: str
@@ -32,6 +33,7 @@ class Case:
     batch: int
     prompt_tokens: int
     output_tokens: int
+    rounds: int = 1
 
     @property
     def length(self) -> int:

@@ -62,6 +62,7 @@ def peer_module(source: Source, device: Any, seed: int) -> Any:
         return random_module(source, device, seed)
     import transformers
 
+    _be_quiet()
     kind = getattr(transformers, config_of(source).architectures[0])
     module = kind.from_pretrained(source.folder, dtype=dtype_of(source), local_files_only=True)
     return module.to(device).eval().requires_grad_(False)
@@ -71,8 +72,16 @@ def write_folder(source: Source, folder: Path, device: Any, seed: int) -> None:
     """A model folder of a shape; in its tokenizer, every token is a word."""
     from tokenizers import Tokenizer, models
 
+    _be_quiet()
     folder.mkdir(parents=True, exist_ok=True)
     module = random_module(source, device, seed)
     module.save_pretrained(folder)
     words = {f"w{number}": number for number in range(module.config.vocab_size)}
     Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+
+
+def _be_quiet() -> None:
+    """No bars of progress between the lines of the benchmark."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -36,7 +36,9 @@ class Headrace:
 
         torch.set_grad_enabled(False)
         started = time.perf_counter()
-        config = config_for(room, spec_of(source), dtype=source.dtype, device=str(self._device), graphs=self._graphs)
+        config = config_for(
+            room, spec_of(source).max_positions, dtype=source.dtype, device=str(self._device), graphs=self._graphs
+        )
         self._engine = self._from_folder(source, config) if source.folder else self._from_shape(source, config, room)
         loaded = time.perf_counter()
         self._engine.warm_up()
@@ -143,10 +145,10 @@ class Headrace:
         return (EncoderEngine if spec.is_encoder else Engine)(model, card, config)
 
 
-def config_for(room: Room, spec: Any, *, dtype: str, device: str, graphs: bool) -> EngineConfig:
+def config_for(room: Room, max_positions: int, *, dtype: str, device: str, graphs: bool) -> EngineConfig:
     """Settings of an engine that has the room, and nothing cached from prompt to prompt."""
     return EngineConfig(
-        max_model_len=min(room.length + _BLOCK, spec.max_positions),
+        max_model_len=min(room.length + _BLOCK, max_positions),
         max_num_seqs=room.sequences,
         max_batch_tokens=room.step_tokens,
         block_size=_BLOCK,

@@ -146,7 +146,7 @@ def _phases(axes: Axes, group: Sequence[Row]) -> None:
         axes.text(left, at, f" {amount(left)}", va="center", fontsize=7)
         if row.goal:
             axes.vlines(row.goal, at - 0.4, at + 0.4, color=_GOAL, linestyle="--", label="goal" if at == 0 else "_goal")
-    axes.set_yticks(range(len(group)), [f"{row.model}, {row.measure.partition(' ')[2]}" for row in group], fontsize=8)
+    axes.set_yticks(range(len(group)), [row.model for row in group], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("s")
 

@@ -140,7 +140,7 @@ def _fact(value: Any) -> str:
 def _table(rows: Sequence[Row]) -> list[str]:
     case = [name for name in _CASE if any(name in row.case for row in rows)]
     subjects = list(dict.fromkeys(name for row in rows for name in row.figures))
-    more = [name for name in _details(rows) if any(name in row.figures.get(OURS, {}) for row in rows)]
+    more = [name for name in _details(rows) if any(name in _own(row) for row in rows)]
     peers = list(dict.fromkeys(name for row in rows for name in row.published))
     limits, goals = any(row.limit for row in rows), any(row.goal for row in rows)
     heads = ["model", "dtype", *(_CASE[name] for name in case), *subjects]
@@ -152,7 +152,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         line = [row.model, row.dtype, *(str(row.case.get(name, "-")) for name in case)]
         line += [_cell(row, name) for name in subjects]
-        line += [amount(row.figures.get(OURS, {}).get(name)) for name in more]
+        line += [amount(_own(row).get(name)) for name in more]
         line += [amount(row.limit), _share(row)] if limits else []
         line += [amount(row.goal), verdict(row)] if goals else []
         cells.append(line + [span(row.published.get(name)) for name in peers])
@@ -166,6 +166,7 @@ def _details(rows: Sequence[Row]) -> tuple[str, ...]:
         "decode": ("p99_ms",),
         "prefill": ("first_token_ms",),
         "serve": tuple(f"{name}_p{share}_ms" for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)),
+        "compare": ("in_process",),
         "startup": ("process_s", "import_s", "load_s", "warm_up_s", "first_token_s"),
     }
     return shown.get(rows[0].measure.partition(" ")[0], ())
@@ -182,6 +183,11 @@ def _cell(row: Row, subject: str) -> str:
         return "-"
     value = row.value(subject)
     return "failed" if value is None else amount(value)
+
+
+def _own(row: Row) -> dict[str, Any]:
+    """What is said more of: ours, or the only one there is."""
+    return row.figures.get(OURS) or next(iter(row.figures.values()), {})
 
 
 def _share(row: Row) -> str:

@@ -43,6 +43,7 @@ class Settings:
         plots: folder for pictures.
         traces: folder for traces of the profiler.
         budget: seconds after which nothing more is begun; None for no limit.
+        limits: whether the device is measured for floors and limits.
     """
 
     sources: tuple[Source, ...]
@@ -58,9 +59,10 @@ class Settings:
     plots: Path | None = None
     traces: Path | None = None
     budget: float | None = None
+    limits: bool = True
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Settings:
+    def of(cls, values: dict[str, Any], *, limits: bool = True) -> Settings:
         """From the values of the command's options.
 
         Raises:
@@ -88,6 +90,7 @@ class Settings:
             plots=values["plots"],
             traces=values.get("profile"),
             budget=values.get("budget"),
+            limits=limits,
         )
 
 
@@ -154,8 +157,10 @@ class Session:
         except OrderError as error:
             raise InternalError(f"The order {order!r} of the benchmark failed: {error}.") from None
 
-    def compare(self, cases: Sequence[Case], *, rounds: int, peers: Sequence[str] | None = None) -> None:
+    def compare(self, cases: Sequence[Case], *, peers: Sequence[str] | None = None) -> None:
         """Measure cases, in process, model by model."""
+        if not cases:
+            return
         settings = self.settings
         with Comparison(
             self._surveyor,
@@ -170,7 +175,7 @@ class Session:
         ) as comparison:
             for source in dict.fromkeys(case.source for case in cases):
                 own = [case for case in cases if case.source == source]
-                self._profiles += comparison.run(own, rounds=rounds, trace=settings.traces)
+                self._profiles += comparison.run(own, trace=settings.traces)
 
     def folder(self, source: Source) -> Path:
         """A folder with the model, written once if it is a shape."""
@@ -202,16 +207,16 @@ class Session:
     def _facts(self) -> dict[str, Any]:
         settings = self.settings
         facts: dict[str, Any] = self._surveyor.ask("facts")
+        facts |= {"seed": settings.seed, "command": " ".join(["headrace", *sys.argv[1:]])}
+        if not settings.limits:
+            return facts
         dtypes = sorted({self._dtype(source) for source in settings.sources})
         rates = self._surveyor.ask("ceilings", dtypes=dtypes, read=settings.read, matmul=settings.matmul)
-        facts |= {
+        return facts | {
             "read GB/s": round(rates["read"] / 1e9, 1),
             "matmul TFLOP/s": ", ".join(f"{rate / 1e12:,.1f} ({name})" for name, rate in rates["matmul"].items()),
-            "seed": settings.seed,
-            "command": " ".join(["headrace", *sys.argv[1:]]),
             "ceilings": rates,
         }
-        return facts
 
     def _dtype(self, source: Source) -> str:
         if source.shape is not None:
@@ -220,13 +225,13 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(values: dict[str, Any]) -> Iterator[Session]:
+def opened(values: dict[str, Any], *, limits: bool = True) -> Iterator[Session]:
     """A session as the command's options say; what it measured is shown at its end, however that comes.
 
     Raises:
         HeadraceError: a setting is wrong, or the device cannot be measured.
     """
-    with Session(Settings.of(values), Terminal()) as session:
+    with Session(Settings.of(values, limits=limits), Terminal()) as session:
         try:
             yield session
         finally:

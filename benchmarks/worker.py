@@ -17,6 +17,8 @@ __all__ = ["OrderError", "Worker", "answer"]
 
 logger = logging.getLogger(__name__)
 
+_END = "end"
+_ENDING = 3.0  # seconds to let go of a device
 _STARTING = 180.0  # seconds for an interpreter, and torch on a cold disk
 
 
@@ -66,8 +68,10 @@ class Worker:
         return self._receive("done", limit)["result"]
 
     def close(self) -> None:
-        """End the process."""
-        self._child.terminate(2.0)
+        """End the process, in good order if it is not at work."""
+        self._child.send(_END)
+        self._child.join(_ENDING)
+        self._child.terminate(0.0)
 
     def _receive(self, wanted: str, limit: float) -> dict[str, Any]:
         deadline = time.monotonic() + limit
@@ -92,6 +96,8 @@ def answer(orders: Mapping[str, Callable[..., Any]]) -> None:
     while True:
         message = boss.receive()
         assert message is not None
+        if message["kind"] == _END:
+            return
         order = orders[message.pop("kind")]
         try:
             boss.send("done", result=order(**message))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,8 +15,12 @@ from headrace.scripts.bench_options import (
     requests_options,
     rounds_option,
 )
-from headrace.scripts.options import command, option
+from headrace.scripts.options import CommandError, command, option
 from headrace.scripts.shared import WORKERS_NEED, check_installed
+
+if TYPE_CHECKING:
+    from headrace.benchmarks.session import Session
+    from headrace.benchmarks.shapes import Source
 
 __all__ = ["bench"]
 
@@ -113,6 +117,183 @@ def encode(rounds: int, **values: Any) -> None:
 
 
 @command(
+    "serve",
+    "headrace bench serve --requests 64 --request-rate 4",
+    "headrace bench serve --shape llama-8b --requests 256 --requests-at-once",
+    "headrace bench serve --url http://127.0.0.1:8000/v1 --served-model-name my-model",
+    short_help="Times of requests that a pool, or an HTTP endpoint, serves.",
+)
+@common_options()
+@requests_options(requests=64, prompt=512, output=128)
+@option(
+    "--request-rate",
+    heading="Load",
+    metavar="PER_SECOND",
+    type=click.FloatRange(min=0, min_open=True),
+    default=4.0,
+    help="Requests sent per second, at times of a Poisson process that follows from the seed.",
+)
+@option("--requests-at-once", heading="Load", is_flag=True, help="All of them at once, instead.")
+@option(
+    "--max-concurrency",
+    heading="Load",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Most requests under way at once; others wait before they are sent. Default: no limit.",
+)
+@option(
+    "--url",
+    heading="Endpoint",
+    help="Measure this server of OpenAI's API, such as http://127.0.0.1:8000/v1 of vLLM. Default: a pool of our own.",
+)
+@option("--served-model-name", heading="Endpoint", metavar="NAME", help="What that server calls its model. No default.")
+@option(
+    "--vocab-size",
+    heading="Endpoint",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1000,
+    help="Prompts for that server are of token ids below.",
+)
+@option(
+    "--api-key",
+    heading="Endpoint",
+    env="HEADRACE_API_KEY",
+    metavar="KEY",
+    help="For that server. Default: none.",
+)
+def serve(**values: Any) -> None:
+    """Measure requests as their client sees them: time to first token, per token, between tokens, and in all.
+
+    Broker and worker group are processes of their own, as `headrace up` starts them; the client is the Python library.
+    """
+    check_installed(*WORKERS_NEED)
+    import math
+
+    from headrace.benchmarks.openai_stream import Endpoint
+    from headrace.benchmarks.serving import Load, serve_endpoint, serve_source
+    from headrace.benchmarks.session import opened
+
+    url, name = values["url"], values["served_model_name"]
+    if url and not name:
+        raise CommandError("A server is asked for a model by name; give it with --served-model-name.")
+    endpoint = Endpoint.of(url, model=name, key=values["api_key"]) if url else None
+    load = Load(
+        requests=values["requests"],
+        prompt_tokens=values["prompt_tokens"],
+        output_tokens=values["output_tokens"],
+        rate=math.inf if values["requests_at_once"] else values["request_rate"],
+        concurrency=values["max_concurrency"],
+        seed=values["seed"],
+    )
+    with opened(values, limits=False) as session:
+        if endpoint is not None:
+            serve_endpoint(session, endpoint, load, values["vocab_size"])
+            return
+        for source in session.settings.sources:
+            _check_generates(session, source, "serve")
+            serve_source(session, source, load)
+
+
+@command(
+    "compare",
+    "headrace bench compare",
+    "headrace bench compare --shape llama-8b --requests 256 --prompt-tokens 512 --output-tokens 256",
+    short_help="The same requests in process, and through broker and client.",
+)
+@common_options()
+@requests_options(requests=64, prompt=512, output=128)
+def compare(requests: int, prompt_tokens: int, output_tokens: int, **values: Any) -> None:
+    """Measure what the road through broker and client costs, in tokens per second and to the first token.
+
+    It is to keep 97% of the throughput in process, and to add at most 2 ms to the first token.
+    """
+    check_installed(*WORKERS_NEED)
+    from headrace.benchmarks.compare import compare as measure
+    from headrace.benchmarks.session import opened
+
+    with opened(values) as session:
+        for source in session.settings.sources:
+            _check_generates(session, source, "compare")
+            measure(session, source, requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+
+
+@command(
+    "startup",
+    "headrace bench startup",
+    "headrace bench startup --shape llama-8b --starts 3",
+    "headrace bench startup --shape llama-8b --layers 4",
+    short_help="Time from a fresh process to its first token.",
+)
+@common_options()
+@option(
+    "--starts",
+    heading="Load",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=2,
+    help="Warm starts, after one that is cold: no kernel compiled, the weights not in the memory of the system.",
+)
+def startup(starts: int, **values: Any) -> None:
+    """Measure starts: a fresh process imports, loads, warms up and gives a token. Weights of shapes are written first.
+
+    Those of llama-8b take 16 GB of disk in the folder for temporary files; --layers keeps them small.
+    """
+    check_installed(*WORKERS_NEED)
+    from headrace.benchmarks.session import opened
+    from headrace.benchmarks.startup import startup as measure
+
+    with opened(values, limits=False) as session:
+        for source in session.settings.sources:
+            measure(session, source, starts=starts)
+
+
+@command(
+    "all",
+    "headrace bench all --json results.json",
+    "headrace bench all --only decode --only prefill --budget 360 --json results.json",
+    "headrace bench all --shape qwen-0.5b --device cpu",
+    short_help="Everything, for the table of published figures and goals.",
+)
+@common_options(
+    "llama-8b",
+    "llama-1b",
+    "gpt2-xl",
+    "opt-6.7b",
+    "gptj-6b",
+    "pythia-6.9b",
+    "bloom-7b1",
+    "falcon-7b",
+    "t5-3b",
+    "bert-large",
+)
+@peer_options
+@option(
+    "--only",
+    "parts",
+    heading="Load",
+    multiple=True,
+    type=click.Choice(("decode", "prefill", "startup", "compare", "serve")),
+    help="Only this part; may be repeated. Default: all of them, in this order.",
+)
+@option(
+    "--budget",
+    heading="Load",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Begin nothing more after that time; what is done is kept. Default: no limit.",
+)
+def all_(parts: tuple[str, ...], **values: Any) -> None:
+    """Measure everything: the cases of published figures for their shapes, a small case of each kind for any other."""
+    check_installed(*WORKERS_NEED)
+    from headrace.benchmarks.everything import PARTS, measure_everything
+    from headrace.benchmarks.session import opened
+
+    with opened(values) as session:
+        measure_everything(session, [part for part in PARTS if not parts or part in parts])
+
+
+@command(
     "broker",
     "headrace bench broker",
     "headrace bench broker --streams 256 --clients 4 --transport tcp --json broker.json",
@@ -184,18 +365,11 @@ def _measure(name: str, values: dict[str, Any], *, rounds: int) -> None:
     """One measurement in process, of all shapes and batches."""
     check_installed(*WORKERS_NEED)
     from headrace.benchmarks.measure import Case
-    from headrace.benchmarks.measures import MEASURES
     from headrace.benchmarks.session import opened
-    from headrace.errors import ConfigError
 
     with opened(values) as session:
         for source in session.settings.sources:
-            if session.model(source)["generates"] is (MEASURES[name].task == "encode"):
-                raise ConfigError(
-                    f"{source.name} {'generates' if name == 'encode' else 'is an encoder and does not generate'}, so "
-                    f"it cannot be measured by `{name}`; give another --shape.",
-                    param="shape",
-                )
+            _check_generates(session, source, name)
         cases = [
             Case(
                 measure=name,
@@ -203,12 +377,22 @@ def _measure(name: str, values: dict[str, Any], *, rounds: int) -> None:
                 batch=batch,
                 prompt_tokens=values["prompt_tokens"],
                 output_tokens=values["output_tokens"],
+                rounds=rounds,
             )
             for source in session.settings.sources
             for batch in dict.fromkeys(values["batches"])
         ]
-        session.compare(cases, rounds=rounds)
+        session.compare(cases)
 
 
-for _command in (decode, latency, prefill, throughput, encode, broker, plot):
+def _check_generates(session: Session, source: Source, name: str) -> None:
+    """Refuse an encoder where answers are measured, and all others where texts are read."""
+    if session.model(source)["generates"] is (name == "encode"):
+        raise CommandError(
+            f"{source.name} {'generates' if name == 'encode' else 'is an encoder and does not generate'}, so it cannot "
+            f"be measured by `{name}`; give another --shape."
+        )
+
+
+for _command in (decode, latency, prefill, throughput, encode, serve, compare, startup, broker, all_, plot):
     bench.add_command(_command)
