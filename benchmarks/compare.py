@@ -40,9 +40,10 @@ def compare(session: Session, source: Source, *, requests: int, prompt_tokens: i
         batch=requests,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
+        alone=True,
     )
     single = replace(together, measure="latency", batch=1, output_tokens=1, rounds=_SINGLES)
-    session.compare([together, single], peers=())
+    session.compare([together, single])
     inside = [row.value(session.ours) for row in session.report.rows[before:]]
     if len(inside) < 2 or None in inside:
         return  # the rows say why

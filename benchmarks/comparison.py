@@ -68,9 +68,15 @@ class _Runner:
 
     def want(self, source: Source, room: Room) -> None:
         """From now on all orders are about this model."""
+        if self._wanted != (source, room):
+            self.release()
+            self._wanted, self._refused = (source, room), None
+
+    def release(self) -> None:
+        """Free what the model takes; it is loaded again when it is needed."""
         if self._loaded:
+            self._loaded = False
             self._try("unload")
-        self._wanted, self._loaded, self._refused = (source, room), False, None
 
     def ask(self, order: str, **fields: Any) -> Any:
         """Carry out an order, with the model loaded.
@@ -117,7 +123,7 @@ class _Runner:
 
 
 class Comparison:
-    """Ours and peers on one device.
+    """Ours and peers on one device, until it is closed.
 
     Args:
         surveyor: knows the limits.
@@ -152,14 +158,15 @@ class Comparison:
         self._note = note
         self._deadline = deadline
 
-    def __enter__(self) -> Comparison:
-        for runner in self._runners:
-            runner.begin()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End all processes."""
         for runner in self._runners:
             runner.close()
+
+    def release(self) -> None:
+        """Leave the device to others."""
+        for runner in self._runners:
+            runner.release()
 
     def run(self, cases: Sequence[Case], *, trace: Path | None = None) -> list[dict[str, Any]]:
         """Measure cases of one model; what the profiler found of each, if traces are wanted.
@@ -177,7 +184,13 @@ class Comparison:
                 self._leave_out(case, model, f"the model was made for {model['max_positions']:,} tokens")
         if not fitting:
             return []
+        runners = self._runners[:1] if all(case.alone for case in fitting) else self._runners
         for runner in self._runners:
+            if runner not in runners:
+                runner.release()
+        for runner in runners:
+            runner.begin()  # all of them at once, for each takes a while
+        for runner in runners:
             runner.want(source, self._room(fitting))
         found = []
         for case in fitting:
@@ -200,11 +213,12 @@ class Comparison:
 
     def _measure(self, case: Case, model: dict[str, Any]) -> None:
         measure = MEASURES[case.measure]
-        timelines: dict[str, list[Timeline]] = {runner.name: [] for runner in self._runners}
+        runners = self._runners[:1] if case.alone else self._runners
+        timelines: dict[str, list[Timeline]] = {runner.name: [] for runner in runners}
         failed: dict[str, str] = {}
         warm = replace(case, output_tokens=min(case.output_tokens, _WARM_TOKENS))
         for number in range(-1, case.rounds):
-            for runner in self._runners:
+            for runner in runners:
                 if runner.name in failed:
                     continue
                 try:

@@ -67,17 +67,13 @@ def measure_everything(session: Session, parts: Sequence[str]) -> None:
 
 def _decode(session: Session, source: Source) -> None:
     generates = session.model(source)["generates"]
-    cases = _cases(session, source, "decode" if generates else "encode")
-    single = [case for case in cases if case.batch == 1]
-    session.compare(single)
-    session.compare([case for case in cases if case.batch > 1], peers=())
+    session.compare(_cases(session, source, "decode" if generates else "encode"))
     _add_unmeasured(session, source)
 
 
 def _prompts(session: Session, source: Source) -> None:
     if session.model(source)["generates"]:
-        cases = [*_cases(session, source, "prefill"), *_cases(session, source, "throughput")]
-        session.compare(cases, peers=())
+        session.compare([*_cases(session, source, "prefill"), *_cases(session, source, "throughput")])
 
 
 def _startup(session: Session, source: Source) -> None:
@@ -157,6 +153,7 @@ def _case(source: Source, measure: str, batch: int, prompt: int, output: int) ->
         prompt_tokens=prompt,
         output_tokens=output,
         rounds=_ROUNDS[measure],
+        alone=batch > 1 or measure not in ("decode", "encode"),
     )
 
 

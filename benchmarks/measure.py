@@ -26,6 +26,7 @@ class Case:
         prompt_tokens: of each.
         output_tokens: of each.
         rounds: that are timed.
+        alone: whether ours is measured without its peers.
     """
 
     measure: str
@@ -34,6 +35,7 @@ class Case:
     prompt_tokens: int
     output_tokens: int
     rounds: int = 1
+    alone: bool = False
 
     @property
     def length(self) -> int:

@@ -111,7 +111,7 @@ class Session:
         self.deadline = float("inf") if settings.budget is None else time.monotonic() + settings.budget
         # A report that cannot be written is known before anything is measured.
         self.report = Report(settings.json, {})
-        self._surveyor = self._stack.enter_context(Surveyor(settings.device, self.threads))
+        surveyor = self._surveyor = self._stack.enter_context(Surveyor(settings.device, self.threads))
         try:
             self.report.facts |= self._facts()
         except OrderError as error:
@@ -121,6 +121,18 @@ class Session:
             self._stack.close()
             raise
         self.report.save()
+        self._comparison = Comparison(
+            surveyor,
+            self.report,
+            peers=settings.peers,
+            settings={"device": settings.device, "threads": self.threads},
+            ours=self.ours,
+            step_tokens=settings.step_tokens,
+            seed=settings.seed,
+            note=self.terminal.note,
+            deadline=self.deadline,
+        )
+        self._stack.callback(self._comparison.close)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,28 +169,19 @@ class Session:
         except OrderError as error:
             raise InternalError(f"The order {order!r} of the benchmark failed: {error}.") from None
 
-    def compare(self, cases: Sequence[Case], *, peers: Sequence[str] | None = None) -> None:
+    def compare(self, cases: Sequence[Case]) -> None:
         """Measure cases, in process, model by model."""
-        if not cases:
-            return
-        settings = self.settings
-        with Comparison(
-            self._surveyor,
-            self.report,
-            peers=settings.peers if peers is None else peers,
-            settings={"device": settings.device, "threads": self.threads},
-            ours=self.ours,
-            step_tokens=settings.step_tokens,
-            seed=settings.seed,
-            note=self.terminal.note,
-            deadline=self.deadline,
-        ) as comparison:
-            for source in dict.fromkeys(case.source for case in cases):
-                own = [case for case in cases if case.source == source]
-                self._profiles += comparison.run(own, trace=settings.traces)
+        for source in dict.fromkeys(case.source for case in cases):
+            own = [case for case in cases if case.source == source]
+            self._profiles += self._comparison.run(own, trace=self.settings.traces)
+
+    def release(self) -> None:
+        """Leave the device to others: nothing that was measured in process holds a model."""
+        self._comparison.release()
 
     def folder(self, source: Source) -> Path:
-        """A folder with the model, written once if it is a shape."""
+        """A folder with the model, written once if it is a shape; nothing else is on the device meanwhile."""
+        self.release()
         if source.folder is not None:
             return Path(source.folder)
         if source not in self._folders:

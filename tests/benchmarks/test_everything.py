@@ -30,9 +30,9 @@ class Session:
     def model(self, source):
         return {"generates": "bert" not in source.name, "dtype": source.dtype}
 
-    def compare(self, cases, peers=None):
+    def compare(self, cases):
         self.cases += [
-            (case.measure, case.batch, case.prompt_tokens, case.output_tokens, peers is None) for case in cases
+            (case.measure, case.batch, case.prompt_tokens, case.output_tokens, not case.alone) for case in cases
         ]
 
 
