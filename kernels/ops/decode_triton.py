@@ -264,8 +264,10 @@ def _decode(
             return
 
     dims = tl.arange(0, DIMS)
-    held = key < stop
-    k_tile, v_tile = load_tiles(keys, values, key, held, block, dims, kv_head, slot_stride, BLOCK_SIZE, HEAD_DIM, WIDE)
+    if SPLIT:  # the first tile is on its way while the queries are made
+        k_tile, v_tile = load_tiles(
+            keys, values, key, key < stop, block, dims, kv_head, slot_stride, BLOCK_SIZE, HEAD_DIM, WIDE
+        )
 
     rows = tl.arange(0, ROWS)
     of_group = head_tile * HEADS + rows
