@@ -12,6 +12,9 @@ rounded to the type of the values, as tensor cores want it. Products of float32 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,11 +27,18 @@ from headrace.kernels.spec import AttentionSpec
 
 __all__ = ["attend"]
 
-# Rows, columns, warps and stages of a tile by bytes of a value and padded head size. 16-bit types: a tile of queries
-# and two stages of keys and values stay under 100 KB, which is what the smallest of today's GPUs have. Exact products
-# of float32 are not for tensor cores; their operands stand in registers, which more rows or fewer warps would overflow.
+# Rows, columns, warps and stages of a tile by bytes of a value and padded head size. 16-bit types: of the larger tiles
+# one fills a processor of today's large GPUs, whose two groups of warps share each key; of the others queries and two
+# stages of keys and values stay under 100 KB, which is what the smallest GPUs have. Exact products of float32 are not
+# for tensor cores; their operands stand in registers, which more rows or fewer warps would overflow.
+_LARGE_TILES = {
+    (2, 64): (128, 64, 8, 3),
+    (2, 128): (128, 64, 8, 3),
+    (2, 256): (128, 32, 8, 3),
+}
+_LARGE_BYTES = 164_000  # of shared memory that they take
 _TILES = {
-    (2, 64): (64, 64, 4, 2),
+    (2, 64): (64, 64, 4, 3),
     (2, 128): (64, 64, 4, 2),
     (2, 256): (64, 32, 4, 2),
     (4, 64): (16, 32, 8, 2),
@@ -70,7 +80,7 @@ def attend(
     assert q_thd.stride(1) == keys.stride(1) == values.stride(1) == spec.head_dim
     assert keys.stride(0) == values.stride(0)
     assert spec.scale > 0
-    rows, columns, warps, stages = _TILES[q_thd.element_size(), max(dims, 64)]
+    rows, columns, warps, stages = _tile(q_thd.element_size(), max(dims, 64), q_thd.device)
     heads = min(group, _MOST_PACKED_HEADS)
     head_tiles = triton.cdiv(group, heads)
     num_sequences = len(batch.query_lens) - first_sequence
@@ -118,6 +128,18 @@ def attend(
         **overlapping(),
         **OPTIONS,
     )
+
+
+@cache
+def _tile(size: int, dims: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Rows, columns, warps and stages on a device."""
+    is_large = device.type == "cuda" and _shared_bytes(device) >= _LARGE_BYTES
+    return (_TILES | (_LARGE_TILES if is_large else {}))[size, dims]
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program can have."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 @triton.jit(do_not_specialize=["first_sequence", "num_sequences", "table_stride", "window"])

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from headrace.kernels.ops.rotation_triton import normed_and_rotated
 
-__all__ = ["join", "load_tiles", "newest_pair"]
+__all__ = ["blocks_of", "join", "load_tiles", "newest_pair"]
 
 
 @triton.jit
@@ -71,8 +71,8 @@ def load_tiles(
     WIDE: tl.constexpr,
 ):
     """Keys and values [keys, dims] of a kv head at the positions `key`, which are in the blocks `block`."""
-    slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
-    place = (slot * slot_stride + kv_head * HEAD_DIM)[:, None] + dims[None, :]
+    slot = block * BLOCK_SIZE + (key.to(tl.uint32) % BLOCK_SIZE).to(tl.int32)
+    place = (slot.to(tl.int64) * slot_stride + kv_head * HEAD_DIM)[:, None] + dims[None, :]
     held_values = held[:, None] & (dims < HEAD_DIM)[None, :]
     k_tile = tl.load(keys + place, mask=held_values, other=0.0)
     v_tile = tl.load(values + place, mask=held_values, other=0.0)
@@ -83,44 +83,51 @@ def load_tiles(
 
 
 @triton.jit
+def blocks_of(key, BLOCK_SIZE: tl.constexpr):
+    """Of positions, the blocks that they are in; no position is negative, which saves instructions."""
+    return key.to(tl.uint32) // BLOCK_SIZE
+
+
+@triton.jit
 def join(
     parts,
-    states,
-    state,
-    held_rows,
-    num_states,
+    weights,
     num_parts,
+    rows,
     dims,
+    held,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
-    JOINED_HEADS: tl.constexpr,
-    JOINED_PARTS: tl.constexpr,
-    DIMS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
 ):
-    """What the parts found together [heads, dims]; `state` [heads] is where the first part's states are.
+    """What the parts found together [rows, dims], each in itself a mean whose weight is given as a power of two.
 
     They were written by other processors, so they are read past the cache of this one.
     """
-    largest = tl.full((JOINED_HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((JOINED_HEADS,), tl.float32)
-    joined = tl.zeros((JOINED_HEADS, DIMS), tl.float32)
-    for begin in range(0, num_parts, JOINED_PARTS):
-        part = begin + tl.arange(0, JOINED_PARTS)
-        place = state[None, :] + part[:, None] * HEADS
-        held = (part < num_parts)[:, None] & held_rows[None, :]
-        maxima = tl.load(states + place, mask=held, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(states + num_states + place, mask=held, other=0.0, cache_modifier=".cg")
-        found = tl.load(
-            parts + place[:, :, None] * HEAD_DIM + dims[None, None, :],
-            mask=held[:, :, None] & (dims < HEAD_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_largest = tl.maximum(largest, tl.max(maxima, axis=0))
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(maxima - base[None, :])
-        decay = tl.exp2(largest - base)
-        largest = new_largest
-        total = total * decay + tl.sum(totals * weights, axis=0)
-        joined = joined * decay[:, None] + tl.sum(found * weights[:, :, None], axis=0)
-    return joined / tl.where(total == 0.0, 1.0, total)[:, None]
+    held_rows = rows < HEADS
+    part = tl.arange(0, MOST_SPLITS)
+    all_weights = tl.load(
+        weights + part[:, None] * HEADS + rows[None, :],
+        mask=(part < num_parts)[:, None] & held_rows[None, :],
+        other=float("-inf"),
+        cache_modifier=".cg",
+    )
+    largest = tl.max(all_weights, axis=0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)[:, None]
+    total = tl.zeros_like(largest)
+    joined = tl.zeros(held.shape, tl.float32)
+    for begin in range(0, num_parts, 8):
+        for index in tl.static_range(8):
+            number = begin + index + tl.zeros_like(rows)[:, None]
+            row = number * HEADS + rows[:, None]
+            is_part = number < num_parts
+            found = tl.load(
+                parts + row * HEAD_DIM + dims[None, :], mask=held & is_part, other=0.0, cache_modifier=".cg"
+            )
+            weight = tl.load(
+                weights + row, mask=held_rows[:, None] & is_part, other=float("-inf"), cache_modifier=".cg"
+            )
+            weight = tl.exp2(weight - largest)
+            total += weight
+            joined += weight * found
+    return joined / tl.where(total == 0.0, 1.0, total)

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.batch import Batch
-from headrace.kernels.ops.decode_parts_triton import join, load_tiles, newest_pair
+from headrace.kernels.ops.decode_parts_triton import blocks_of, join, load_tiles, newest_pair
 from headrace.kernels.ops.launch_triton import overlapping, wait_for_others
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.rotation_triton import normed_and_rotated
@@ -40,7 +40,8 @@ __all__ = ["Newest", "decode", "num_splits"]
 _PROGRAMS = 264
 _MOST_SPLITS = 32
 
-_ROWS = 16  # the fewest of a product on tensor cores; groups of more heads are several tiles
+_MOST_HEADS = 16  # of a tile, what tensor cores take at once; larger groups are several tiles
+_FEWEST_DIMS = 16  # of a product on tensor cores
 
 # Keys of a tile, warps and stages by bytes of a value and padded head size. A decode lives from loads in flight: of 16
 # bits, the stages take up to 96 KB of the shared memory, so that a processor has room for two programs. Exact products
@@ -53,7 +54,6 @@ _TILES = {
     (4, 128): (32, 8, 2),
     (4, 256): (32, 8, 1),
 }
-_JOINED_VALUES = 8192  # that a program holds of the parts it joins: 64 for each thread of four warps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,34 +101,34 @@ def decode(
         newest: if keys and values are not in the cache yet.
     """
     group = spec.num_heads // spec.num_kv_heads
-    dims = max(_ROWS, triton.next_power_of_2(spec.head_dim))
+    dims = max(_FEWEST_DIMS, triton.next_power_of_2(spec.head_dim))
     assert dims <= 256, "no tiles are known for heads of more than 256 values"
     assert q.stride(-1) == 1
     assert keys.stride(1) == values.stride(1) == spec.head_dim
     assert keys.stride(0) == values.stride(0)
     assert spec.scale > 0
     columns, warps, stages = _TILES[q.element_size(), max(dims, 64)]
-    heads = min(group, _ROWS)
+    heads = min(group, _MOST_HEADS)
     tiles = spec.num_kv_heads * triton.cdiv(group, heads)
     capacity = batch.block_tables.shape[1] * batch.block_size
     splits = num_splits(num_sequences * tiles, capacity, columns)
-    parts = states = arrivals = None
+    parts = weights = arrivals = None
     if splits > 1:
         shape = (num_sequences, tiles, splits, heads)
         parts = torch.empty((*shape, spec.head_dim), dtype=torch.float32, device=q.device)
-        states = torch.empty((2, *shape), dtype=torch.float32, device=q.device)
+        weights = torch.empty(shape, dtype=torch.float32, device=q.device)
         arrivals = _arrivals(batch, num_sequences * tiles)
     slopes, table, buckets = added_tensors(spec, table, q.device)
     norm = spec.qk_norm if newest is not None else None
     cos_sin = None if newest is None or newest.cos_sin is None else newest.cos_sin.contiguous()
-    joined_heads = triton.next_power_of_2(heads)
+    rows = triton.next_power_of_2(heads)
     _decode[(tiles, splits, num_sequences)](
         q,
         keys,
         values,
         out,
         parts,
-        states,
+        weights,
         arrivals,
         batch.context_lens,
         batch.block_tables,
@@ -164,13 +164,12 @@ def decode(
         SPLIT=splits > 1,
         WIDE=WIDE_DOTS,
         HEADS=heads,
-        ROWS=_ROWS,
+        ROWS=rows,
         COLUMNS=columns,
         DIMS=dims,
-        JOINED_HEADS=joined_heads,
-        JOINED_PARTS=max(1, min(_MOST_SPLITS, _JOINED_VALUES // (joined_heads * dims))),
+        MOST_SPLITS=_MOST_SPLITS,
+        STAGES=stages,
         num_warps=warps,
-        num_stages=stages,
         **overlapping(),
         **OPTIONS,
     )
@@ -198,7 +197,7 @@ def _decode(
     values,
     out,
     parts,
-    states,
+    weights,
     arrivals,
     context_lens,
     block_tables,
@@ -237,8 +236,8 @@ def _decode(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DIMS: tl.constexpr,
-    JOINED_HEADS: tl.constexpr,
-    JOINED_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     wait_for_others(OVERLAP)
@@ -256,7 +255,7 @@ def _decode(
     begin = first + part * COLUMNS
     key = begin + tl.arange(0, COLUMNS)
     block_row = block_tables + sequence * table_stride
-    block = tl.load(block_row + key // BLOCK_SIZE, mask=key < capacity, other=0)
+    block = tl.load(block_row + blocks_of(key, BLOCK_SIZE), mask=key < capacity, other=0)
 
     num_parts = 1
     if SPLIT:
@@ -265,8 +264,10 @@ def _decode(
             return
 
     dims = tl.arange(0, DIMS)
-    held = key < stop
-    k_tile, v_tile = load_tiles(keys, values, key, held, block, dims, kv_head, slot_stride, BLOCK_SIZE, HEAD_DIM, WIDE)
+    if SPLIT:  # the first tile is on its way while the queries are made
+        k_tile, v_tile = load_tiles(
+            keys, values, key, key < stop, block, dims, kv_head, slot_stride, BLOCK_SIZE, HEAD_DIM, WIDE
+        )
 
     rows = tl.arange(0, ROWS)
     of_group = head_tile * HEADS + rows
@@ -339,43 +340,18 @@ def _decode(
                 CAPPED,
                 ROUNDED,
             )
-            largest = tl.max(scores, axis=1) * factor
-            total = tl.full((ROWS,), 1.0, tl.float32)
-            found = v_new + tl.zeros((ROWS, DIMS), tl.float32)
+            largest = tl.sum(scores, axis=1) * factor
+            total = tl.exp2(largest - largest)  # 1, or not a number
+            found = v_new * total[:, None]
 
     step = num_parts * COLUMNS
-    # The blocks of the next tile are known before its turn.
-    next_key = key + step
-    block = tl.load(block_row + next_key // BLOCK_SIZE, mask=next_key < stop, other=0)
-    products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    scores, factor = scores_of(
-        products,
-        key[None, :],
-        position,
-        head,
-        held_rows,
-        slope,
-        slopes,
-        table,
-        buckets,
-        scale,
-        soft_cap,
-        alibi_scale,
-        NUM_HEADS,
-        MAX_DISTANCE,
-        CAPPED,
-        ROUNDED,
-    )
-    scores = tl.where(held[None, :], scores, float("-inf"))
-    largest, total, found = absorb(scores, factor, v_tile, largest, total, found)
-    for tile in range(begin + step, stop, step):
+    for tile in tl.range(begin, stop, step, num_stages=1 if SPLIT else STAGES):
         key = tile + tl.arange(0, COLUMNS)
         held = key < stop
-        k_tile, v_tile = load_tiles(
-            keys, values, key, held, block, dims, kv_head, slot_stride, BLOCK_SIZE, HEAD_DIM, WIDE
-        )
-        next_key = key + step
-        block = tl.load(block_row + next_key // BLOCK_SIZE, mask=next_key < stop, other=0)
+        if not SPLIT:
+            k_tile, v_tile = load_tiles(
+                keys, values, key, held, block, dims, kv_head, slot_stride, BLOCK_SIZE, HEAD_DIM, WIDE
+            )
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         scores, factor = scores_of(
             products,
@@ -397,38 +373,38 @@ def _decode(
         )
         scores = tl.where(held[None, :], scores, float("-inf"))
         largest, total, found = absorb(scores, factor, v_tile, largest, total, found)
+        next_key = key + step
+        if not SPLIT:
+            # The blocks of the next tile are known before its turn.
+            block = tl.load(block_row + blocks_of(next_key, BLOCK_SIZE), mask=next_key < stop, other=0)
+        elif tile + step < stop:
+            block = tl.load(block_row + blocks_of(next_key, BLOCK_SIZE), mask=next_key < stop, other=0)
+            k_tile, v_tile = load_tiles(
+                keys, values, next_key, next_key < stop, block, dims, kv_head, slot_stride, BLOCK_SIZE, HEAD_DIM, WIDE
+            )
 
-    out_start = out + sequence * (NUM_HEADS * HEAD_DIM)
+    found = found / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_place = out + sequence * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dims[None, :]
     if num_parts == 1:
-        found = found / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(out_start + head[:, None] * HEAD_DIM + dims[None, :], found.to(out.dtype.element_ty), mask=held_q)
+        tl.store(out_place, found.to(out.dtype.element_ty), mask=held_q)
     elif SPLIT:
         group_tile = sequence * tl.num_programs(0) + tl.program_id(0)
-        num_states = tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * tl.num_programs(1) * HEADS
-        first_state = group_tile * tl.num_programs(1) * HEADS
-        state = first_state + part * HEADS + rows
-        tl.store(states + state, largest, mask=held_rows)
-        tl.store(states + num_states + state, total, mask=held_rows)
-        tl.store(parts + state[:, None] * HEAD_DIM + dims[None, :], found, mask=held_q)
+        first_row = group_tile * (tl.num_programs(1) * HEADS)
+        row = part * HEADS + rows
+        tl.store(weights + first_row + row, largest + tl.log2(total), mask=rows < HEADS)
+        tl.store(parts + first_row * HEAD_DIM + row[:, None] * HEAD_DIM + dims[None, :], found, mask=held_q)
         tl.debug_barrier()  # all of the program's threads have stored when one of them counts
         if tl.atomic_add(arrivals + group_tile, 1, sem="acq_rel") == num_parts - 1:
             tl.store(arrivals + group_tile, 0)
-            row = tl.arange(0, JOINED_HEADS)
             joined = join(
-                parts,
-                states,
-                first_state + row,
-                row < HEADS,
-                num_states,
+                parts + first_row * HEAD_DIM,
+                weights + first_row,
                 num_parts,
+                rows,
                 dims,
+                held_q,
                 HEAD_DIM,
                 HEADS,
-                JOINED_HEADS,
-                JOINED_PARTS,
-                DIMS,
+                MOST_SPLITS,
             )
-            joined_of_group = head_tile * HEADS + row
-            held_joined = ((row < HEADS) & (joined_of_group < GROUP))[:, None] & (dims < HEAD_DIM)[None, :]
-            joined_place = (kv_head * GROUP + joined_of_group)[:, None] * HEAD_DIM + dims[None, :]
-            tl.store(out_start + joined_place, joined.to(out.dtype.element_ty), mask=held_joined)
+            tl.store(out_place, joined.to(out.dtype.element_ty), mask=held_q)
