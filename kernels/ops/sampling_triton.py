@@ -240,7 +240,7 @@ def _narrow(
                 number = tl.sum(is_open.to(tl.int32))
                 if number > 0:
                     before = tl.cumsum(tl.reshape(is_open.to(tl.int32), (4 * LANES,)), 0) - 1
-                    place = tl.atomic_add(state + row * 4, number) + tl.reshape(before, (LANES, 4))
+                    place = tl.atomic_add(state + row * 4, number, sem="relaxed") + tl.reshape(before, (LANES, 4))
                     is_open &= place < LISTED
                     tl.store(listed_distances + row * LISTED + place, bits, mask=is_open)
                     tl.store(listed_tokens + row * LISTED + place, token, mask=is_open)
