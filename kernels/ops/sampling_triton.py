@@ -48,12 +48,13 @@ _LANES = 256  # of four tokens each, which share the words of one counter: two a
 _WARPS = 4
 _PROGRAMS = 1056  # eight for each processor of the largest GPUs
 _MOST_PARTS = 256
-_LISTED = 8192  # tokens of a row
+_LISTED = 16384  # tokens of a row
 _LISTED_TILE = 2048
 _LISTED_WARPS = 8
 
-# The largest logit's own noise is no less than the second term, so whoever is further from it has no chance.
-_HOPELESS = tl.constexpr(MAX_NOISE + math.log(-math.log(2.0**-24)) + 0.01)
+# The largest logit is always kept, and has this much noise at least; from so far off nobody can do better.
+_LEAST_NOISE = tl.constexpr(-math.log(-math.log(2.0**-24)) - 0.01)
+_HOPELESS = tl.constexpr(MAX_NOISE - _LEAST_NOISE.value)
 
 
 def choose(logits: Tensor, rows: SamplingRows | None = None) -> Tensor:
@@ -225,6 +226,7 @@ def _narrow(
         best = tl.full((LANES, 4), float("-inf"), tl.float32)
         winner = tl.full((LANES, 4), NOWHERE, tl.int32)
         mass = tl.zeros((LANES, 4), tl.int64)
+        least = tl.full((), _LEAST_NOISE, tl.float32)  # the best score is no less
         first = tl.program_id(1) * share
         for begin in range(first, tl.minimum(first + share, vocab), 4 * LANES):
             lane = begin // 4 + tl.arange(0, LANES)
@@ -238,18 +240,24 @@ def _narrow(
                 number = tl.sum(is_open.to(tl.int32))
                 if number > 0:
                     before = tl.cumsum(tl.reshape(is_open.to(tl.int32), (4 * LANES,)), 0) - 1
-                    place = tl.atomic_add(state + row * 4, number) + tl.reshape(before, (LANES, 4))
+                    place = tl.atomic_add(state + row * 4, number, sem="relaxed") + tl.reshape(before, (LANES, 4))
                     is_open &= place < LISTED
                     tl.store(listed_distances + row * LISTED + place, bits, mask=is_open)
                     tl.store(listed_tokens + row * LISTED + place, token, mask=is_open)
             if (nearest < start) & (nearest.to(tl.float32, bitcast=True) <= furthest):
+                allowed = (bits < start) & (distance <= furthest)
                 zero = lane * 0
                 w0, w1, w2, w3 = tl.philox(seed, lane, zero + position, zero + choice, zero)
-                words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (LANES, 4))
-                score = tl.where((bits < start) & (distance <= furthest), _noise(words) - distance, float("-inf"))
-                is_better = score > best
-                best = tl.where(is_better, score, best)
-                winner = tl.where(is_better, token, winner)
+                # Noise rises with its word: no token of a lane does better than the nearest with the largest word.
+                hope = _noise(tl.maximum(tl.maximum(w0, w1), tl.maximum(w2, w3)))
+                hope -= tl.min(tl.where(allowed, distance, float("inf")), axis=1)
+                if tl.max(hope, axis=0) > least - 0.001:
+                    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (LANES, 4))
+                    score = tl.where(allowed, _noise(words) - distance, float("-inf"))
+                    is_better = score > best
+                    best = tl.where(is_better, score, best)
+                    winner = tl.where(is_better, token, winner)
+                    least = tl.maximum(least, tl.max(score))
         score = tl.max(best)
         tl.store(scores + part, score)
         tl.store(winners + part, tl.min(tl.where(best == score, winner, NOWHERE)))

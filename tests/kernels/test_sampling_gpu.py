@@ -162,7 +162,7 @@ def mixed_rows(draw: st.DrawFn) -> tuple[torch.Tensor, op.SamplingRows]:
 
 @cases(["any mix"])
 @settings(
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
