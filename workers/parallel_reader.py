@@ -43,9 +43,8 @@ class ParallelReader:
     def __init__(self, places: Mapping[str, Place], order: Sequence[str], device: torch.device) -> None:
         self._places = places
         self._order = order
-        if device.type == "cuda" and device.index is None:  # which one differs from thread to thread
-            device = torch.device("cuda", torch.cuda.current_device())
-        self._device = device
+        # With its number: without one it is another for each thread.
+        self._device = device = torch.empty(0, device=device).device
         self._next = 0  # of the order, to be started
         self._under_way: deque[tuple[str, Tensor, list[Future[_Event]]]] = deque()
         self._ahead = 0  # bytes under way
