@@ -43,7 +43,8 @@ class ParallelReader:
     def __init__(self, places: Mapping[str, Place], order: Sequence[str], device: torch.device) -> None:
         self._places = places
         self._order = order
-        self._device = device
+        # With its number: without one it is another for each thread.
+        self._device = device = torch.empty(0, device=device).device
         self._next = 0  # of the order, to be started
         self._under_way: deque[tuple[str, Tensor, list[Future[_Event]]]] = deque()
         self._ahead = 0  # bytes under way
@@ -70,10 +71,11 @@ class ParallelReader:
     def close(self) -> None:
         """Stop reading, and give the memory back."""
         self._threads.shutdown(cancel_futures=True)
-        self._under_way.clear()
         self._files.close()
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the buffers may still be read
+            torch.cuda.synchronize(self._device)  # copies may still be under way
+        self._under_way.clear()
+        if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _start_more(self) -> None:

@@ -72,13 +72,16 @@ def examples(card: ModelCard, config: EngineConfig, *, sources: bool, everything
     longest = longest_text(card.max_model_len, _MANY, block_size=config.block_size, sources=sources)
     if longest < 1:
         return
-    make = _Maker(card, longest)
+    make = _Maker(card, longest, config.block_size)
     if not everything:
         yield [make(32)]
         return
     budget = max(1, min(config.max_batch_tokens, longest))
     for length in lengths_up_to(budget):
         yield [make(length, max_tokens=1)]
+    if sources:  # answers are as long as prompts are elsewhere
+        for length in lengths_up_to(min(config.max_batch_tokens, card.max_model_len)):
+            yield [make(3, answered=length)]
     for options in _OPTIONS:
         yield [make(3, **options)]
     rows = min(_ROWS, config.max_num_seqs)
@@ -98,19 +101,32 @@ def _mixed(make: _Maker, count: int, context: int, budget: int) -> Iterator[list
 class _Maker:
     """Makes streams, each of its own content."""
 
-    def __init__(self, card: ModelCard, longest: int) -> None:
-        self._vocab = card.vocab_size
+    def __init__(self, card: ModelCard, longest: int, block_size: int) -> None:
+        self._card = card
         self._longest = longest
+        self._block_size = block_size
         self._made = 0
 
-    def __call__(self, length: int, **sampling: Any) -> Assignment:
-        """A text of a length, or of the longest there may be."""
+    def __call__(self, length: int, *, answered: int = 0, **sampling: Any) -> Assignment:
+        """A text of a length, of which a part was answered; or as much of both as there may be."""
         self._made += 1
-        prompt = pack_tokens((self._made + place) % self._vocab for place in range(min(length, self._longest)))
+        length = min(length, self._longest)
+        source = -(-length // self._block_size) * self._block_size
+        answered = max(0, min(answered, self._card.max_model_len - source - 1 - _MANY))
         return Assignment(
             request=b"warm-up-%d" % self._made,
             choice=0,
             attempt=0,
-            prompt=prompt,
-            sampling={"temperature": 0.0, "max_tokens": _MANY, "ignore_eos": True, "seed": 1, **sampling},
+            prompt=self._tokens(length),
+            output=self._tokens(answered),
+            sampling={
+                "temperature": 0.0,
+                "max_tokens": answered + _MANY,
+                "ignore_eos": True,
+                "seed": 1,
+                **sampling,
+            },
         )
+
+    def _tokens(self, count: int) -> bytes:
+        return pack_tokens((self._made + place) % self._card.vocab_size for place in range(count))

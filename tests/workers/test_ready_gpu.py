@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
-from headrace.messages import Assignment, StreamId, pack_tokens
-from headrace.sampling import SamplingParams
+from headrace.messages import Assignment, pack_tokens
 from headrace.workers.config import EngineConfig
 from headrace.workers.engines import load_engine
-from headrace.workers.warmup import _OPTIONS
+from tests.support.mixed_load import MIXED_LOAD_CONFIG, run_mixed_load
 from tests.support.tiny_models import save_model, save_t5
 
 pytestmark = pytest.mark.gpu
@@ -25,49 +22,25 @@ def _gpu():
         pytest.skip("needs a CUDA GPU")
 
 
-def options_of(chance):
-    """Settings of a sampler as a request may have them: of one kind, or of several at once."""
-    options = {"temperature": 0.7}
-    for picked in chance.sample(_OPTIONS, chance.choice((0, 1, 1, 2, 4))):
-        options |= picked
-    if "min_tokens" not in options and chance.random() < 0.3:
-        options["stop_token_ids"] = [chance.randrange(50)]
-    return options | {"seed": chance.randrange(1 << 40)}
-
-
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_compiled_once_it_is_ready(tmp_path, family, graphs):
-    """Prompts of many lengths, every setting, log probabilities, cancels, and so few blocks that streams give way."""
     (save_t5 if family == "t5" else save_model)(tmp_path, family)
-    config = EngineConfig(kv_tokens=1600, max_num_seqs=20, max_batch_tokens=300, cuda_graphs=graphs)
-    engine = load_engine(tmp_path, config)
+    engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG, cuda_graphs=graphs))
     engine.warm_up()
     ready = engine.load_gauges()
     assert ready["compilations"] == 0
-    chance = random.Random(7)
-    for number in range(150):
-        length = chance.choice((1, 2, 3, 7, 16, 17, 31, 64, 65, 100, 129, 250, 300, 400))
-        room = 512 - length
-        sampling = options_of(chance) | {"max_tokens": chance.randint(2, min(room, 110)), "ignore_eos": True}
-        SamplingParams.from_wire(sampling)
-        prompt = pack_tokens(chance.randrange(engine.card.vocab_size) for _ in range(length))
-        engine.add(Assignment(request=b"%d" % number, choice=0, attempt=0, prompt=prompt, sampling=sampling), now=0.0)
-        for _ in range(chance.choice((0, 0, 1, 3, 30))):
-            engine.step(0.0)
-        if chance.random() < 0.1:
-            engine.revoke(StreamId(b"%d" % chance.randrange(number + 1), 0, 0))
-        after = engine.load_gauges()
-        assert after["compilations"] == 0, (number, length, sampling)
-    while engine.has_work:
-        engine.step(0.0)
-    engine.validate()
+    assert bool(ready["graphs"]) is graphs
+
+    def watch(asked):
+        assert engine.load_gauges()["compilations"] == 0, (len(asked.prompt) // 4, asked.sampling)
+
+    run_mixed_load(engine, watch=watch)
     after = engine.load_gauges()
     assert after["compilations"] == 0
-    assert after["graphs"] == ready["graphs"] == (0 if not graphs else ready["graphs"])
-    assert after["preemptions"] > ready["preemptions"] or family == "t5"
-    if graphs:
-        assert after["graph_replays"] > 100
+    assert after["graphs"] == ready["graphs"]
+    assert after["preemptions"] > ready["preemptions"]
+    assert (after["graph_replays"] > 100) is graphs
 
 
 def test_an_engine_holds_no_more_than_its_share(tmp_path):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from headrace.kernels.model import Model
 from headrace.messages import unpack_tokens
 from headrace.sampling import SamplingParams
 from headrace.workers.config import EngineConfig
 from headrace.workers.engines import load_engine
 from headrace.workers.warmup import all_options, examples, lengths_up_to
 from tests.support.fake_group import fake_card
+from tests.support.launches import noted_launches
+from tests.support.mixed_load import MIXED_LOAD_CONFIG, run_mixed_load
 from tests.support.tiny_models import save_model, save_t5
 
 
@@ -90,3 +95,32 @@ def folders(tmp_path_factory):
     save_model(decoder)
     save_t5(both)
     return decoder, both
+
+
+def missing(compiled, ready):
+    """What was compiled late, each with what sets it apart from the nearest that was there."""
+    late = []
+    for key in compiled - ready:
+        same = [other for other in ready if other[:2] == key[:2]]
+        nearest = min(same, key=lambda other: len(set(key) ^ set(other)), default=())
+        late.append((key[1], sorted(map(str, set(key) - set(nearest)))))
+    return late
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="notes what the interpreter would launch")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom", "mixtral", "t5"])
+def test_nothing_is_left_to_compile(tmp_path, monkeypatch, family):
+    """Every kernel that a mixed load launches was launched before, for the same constants and kinds of numbers."""
+    monkeypatch.setattr(Model, "pack", lambda model: None)  # matrices as a GPU has them
+    (save_t5 if family == "t5" else save_model)(tmp_path, family)
+    engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG))
+    with noted_launches() as compiled:
+        for streams in examples(engine.card, engine.config, sources=family == "t5", everything=True):
+            for stream in streams:
+                engine.add(stream, 0.0)
+            while engine.has_work:
+                engine.step(0.0)
+        ready = set(compiled)
+        run_mixed_load(engine, requests=60)
+    assert len(ready) > 5
+    assert not missing(compiled, ready)
