@@ -56,6 +56,18 @@ def test_tokens_are_those_of_the_engine_without(tmp_path, family):
     assert generate(engine, PROMPTS[::-1], max_tokens=5) == expected[::-1]
 
 
+def test_a_step_of_nobody(tmp_path):
+    """So they are captured: all that is computed fills up."""
+    save_model(tmp_path)
+    for kind in load(tmp_path, max_num_seqs=3)._runner.static_steps():
+        size = kind.sizes[0]
+        kind.fill((), size)
+        with kernels_on_cpu():
+            computed = kind.compute(size)
+        assert computed.logits.isfinite().all()
+        assert (computed.tokens >= 0).all()
+
+
 def test_as_many_rows_as_tokens_of_a_prompt_step(tmp_path):
     """The logits of a step with prompts are those of its sequences' last tokens, also if it has no more tokens than
     there are rows."""
