@@ -26,9 +26,11 @@ SERVE = [
     "triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "uvicorn>=0.34",
 ]
+BENCH = ["matplotlib>=3.9"]
 TEST = [
     "hypothesis>=6.120",
     "httpx>=0.27",
+    "matplotlib>=3.9",
     "mypy>=2.1",
     "numpy<2.4",  # Triton's interpreter fails on a range() over a runtime value with newer ones
     "openai>=2.0",
@@ -57,7 +59,7 @@ setup(
         "headrace.kernels": ["tuned/*.json"],
     },
     install_requires=CLIENT,
-    extras_require={"serve": SERVE, "test": TEST, "all": SERVE + TEST},
+    extras_require={"serve": SERVE, "bench": SERVE + BENCH, "test": TEST, "all": SERVE + TEST},
     entry_points={"console_scripts": ["headrace = headrace.scripts.main:main"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",

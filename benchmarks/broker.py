@@ -1,8 +1,5 @@
 """How many tokens a second go through one broker process, and how much later they arrive than without it.
 
-    python -m benchmarks.broker                what the bars are held against
-    python -m benchmarks.broker --json FILE    the same, also for machines
-
 Throughput: echo groups send as fast as the broker takes it, 64 streams of one token per step, clients confirm what they
 read as the library does. Latency: at a steady pace, from the leader's send to the client's receive; the same messages
 at the same pace over a bare DEALER-to-ROUTER connection are the baseline, and the difference is what the broker adds.
@@ -12,7 +9,7 @@ Several short runs each: the best shows what the code can do, the median what th
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import platform
 import statistics
 import tempfile
@@ -21,59 +18,66 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
-import psutil
-
-from benchmarks import echo
+from headrace.benchmarks import echo
 from headrace.processes import Child
+
+__all__ = ["BARS", "broker_lines", "measure_broker"]
 
 _PATIENCE = 60.0
 BARS = {"tokens_per_second": 200_000, "added_ms_p50": 1.5}
 
 
-@click.command()
-@click.option("--streams", default=64, show_default=True, help="Streams that run at once.")
-@click.option("--groups", default=1, show_default=True, help="Worker groups, a process each.")
-@click.option("--clients", default=1, show_default=True, help="Clients, a process each.")
-@click.option("--seconds", default=2.0, show_default=True, help="Length of one run.")
-@click.option("--runs", default=5, show_default=True, help="Runs of each measurement.")
-@click.option("--pace-ms", default=10.0, show_default=True, help="Time between two steps when latency is measured.")
-@click.option("--transport", type=click.Choice(["ipc", "tcp"]), default="ipc", show_default=True)
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
-def main(json_file: Path | None, **settings: Any) -> None:
-    """Measure one broker process."""
-    results = {"machine": _machine(), "settings": settings, "bars": BARS}
-    results["throughput"] = throughput = _throughput(**settings)
-    for row in throughput:
-        click.echo(
+def measure_broker(**settings: Any) -> dict[str, Any]:
+    """Measure one broker process.
+
+    Args:
+        settings: streams that run at once; groups and clients, a process each; seconds of one run, runs of each
+            measurement; pace_ms between two steps when latency is measured; transport, ipc or tcp.
+
+    Returns:
+        machine, settings, bars, throughput and latency (a map per run), and their summary.
+    """
+    throughput, latency = _throughput(**settings), _latency(**settings)
+    return {
+        "machine": _machine(),
+        "settings": settings,
+        "bars": BARS,
+        "throughput": throughput,
+        "latency": latency,
+        "summary": _summary(throughput, latency),
+    }
+
+
+def broker_lines(results: dict[str, Any]) -> list[str]:
+    """What was measured, for a terminal."""
+    lines = []
+    for row in results["throughput"]:
+        lines.append(
             f"throughput  {row['tokens_per_second']:>10,.0f} tokens/s   broker {row['broker_cpu']:4.0%} of a core, "
             f"{row['cpu_us_per_token']:.2f} us a token"
         )
-    results["latency"] = latency = _latency(**settings)
-    for row in latency:
-        click.echo(
+    for row in results["latency"]:
+        lines.append(
             f"latency     through {row['through_ms_p50']:.3f} / {row['through_ms_p99']:.3f} ms   "
             f"direct {row['direct_ms_p50']:.3f} / {row['direct_ms_p99']:.3f} ms   "
             f"added {row['added_ms_p50']:.3f} / {row['added_ms_p99']:.3f} ms   (p50 / p99)"
         )
-    results["summary"] = summary = _summary(throughput, latency)
     for name, bar in BARS.items():
-        best, median = summary[name]["best"], summary[name]["median"]
+        best, median = results["summary"][name]["best"], results["summary"][name]["median"]
         holds = best >= bar if name == "tokens_per_second" else best <= bar
-        click.echo(f"{name:18} best {best:,.3f}   median {median:,.3f}   bar {bar:,}   {'met' if holds else 'MISSED'}")
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+        lines.append(
+            f"{name:18} best {best:,.3f}   median {median:,.3f}   bar {bar:,}   {'met' if holds else 'MISSED'}"
+        )
+    return lines
 
 
 def _throughput(streams: int, seconds: float, runs: int, pace_ms: float, **settings: Any) -> list[dict[str, float]]:
     rows = []
     with _broker(streams, 0.0, **settings) as (broker, readers):
-        process = psutil.Process(broker.pid)
         for _ in range(runs):
-            before, started = process.cpu_times(), time.monotonic()
+            before, started = _cpu_seconds(broker), time.monotonic()
             tokens = sum(answer["tokens"] / answer["seconds"] for answer in _measure(readers, seconds))
-            after, elapsed = process.cpu_times(), time.monotonic() - started
-            cpu = (after.user + after.system - before.user - before.system) / elapsed
+            cpu = (_cpu_seconds(broker) - before) / (time.monotonic() - started)
             rows.append({"tokens_per_second": tokens, "broker_cpu": cpu, "cpu_us_per_token": 1e6 * cpu / tokens})
     return rows
 
@@ -173,14 +177,18 @@ def _summary(throughput: list[dict[str, float]], latency: list[dict[str, float]]
 
 
 def _machine() -> dict[str, Any]:
-    load = psutil.getloadavg()[0]
     return {
-        "cpus": psutil.cpu_count(),
-        "load": load,
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
     }
 
 
-if __name__ == "__main__":
-    main()
+def _cpu_seconds(child: Child) -> float:
+    """Of a running process; 0 where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

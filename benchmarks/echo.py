@@ -65,7 +65,7 @@ def group(endpoint: str, name: str, rows: int, pace: float) -> None:
     while True:
         now = time.monotonic()
         wait = step_at - now if ours else 0.1
-        while socket.poll(max(0.0, wait) * 1000):
+        while socket.poll(int(max(0.0, wait) * 1000)):
             wait = 0.0
             message = decode(socket.recv_multipart(), BROKER_TO_LEADER)
             if isinstance(message, Assign):
@@ -180,7 +180,7 @@ def _read(socket: zmq.Socket[bytes], acks: _Acks | None) -> None:
 
 
 def _socket(kind: int) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(kind)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.set_hwm(_HIGH_WATER)
     return socket

@@ -16,7 +16,7 @@ from headrace.kernels.ops.attention import paged_attention
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.linear import share_norm
 from headrace.kernels.ops.norm import NormWeights
-from headrace.kernels.ops.rotary import rotate_and_cache
+from headrace.kernels.ops.self_attention import rotate_and_attend
 from headrace.kernels.spec import AttentionSpec, LayerSpec, NormSpec
 
 __all__ = ["Block", "CrossAttention"]
@@ -161,15 +161,15 @@ class Block(nn.Module):
             return full_attention(qkv, batch, spec, table)
         assert cache is not None, "causal attention reads what came before"
         keys, values = cache
-        q_thd = rotate_and_cache(
+        return rotate_and_attend(
             qkv,
-            batch.slots,
+            batch,
             keys,
             values,
             spec,
+            table,
             cos_sin=cos_sin,
             interleaved=rotary is not None and rotary.interleaved,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
         )
-        return paged_attention(q_thd, keys, values, batch, spec, table)

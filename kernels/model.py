@@ -102,7 +102,7 @@ class Model(nn.Module):
                 cos_sin=self._cos_sin(self.spec.layers[index].rotary, batch),
                 table=None if self.relative is None else self.relative.weight,
             )
-        if rows is not None and len(rows) < len(x):
+        if rows is not None:
             x = x[rows]
         return x if self.final_norm is None else self.final_norm(x)
 

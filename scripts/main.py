@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "up": ("headrace.scripts.up", "Start everything: broker, worker groups and gateway, in one terminal."),
     "chat": ("headrace.scripts.chat", "Talk to a served model in this terminal."),
     "status": ("headrace.scripts.status", "Show groups, queues and counters of a running broker."),
+    "bench": ("headrace.scripts.bench", "Measure speed here, beside peers and the limits of the device."),
     "models": ("headrace.scripts.models", "Fetch, convert, list and check models."),
     "broker": ("headrace.scripts.broker", "Run only the broker."),
     "workers": ("headrace.scripts.workers", "Run only worker groups, for a running broker."),

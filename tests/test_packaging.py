@@ -13,7 +13,7 @@ import pytest
 import headrace
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("broker", "client", "gateway", "kernels", "scripts", "workers")
+PARTS = ("benchmarks", "broker", "client", "gateway", "kernels", "scripts", "workers")
 # What a checkout holds that a clone does not.
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
 
@@ -77,7 +77,7 @@ def test_wheel_says_what_it_needs(wheel):
     needs = metadata.get_all("Requires-Dist")
     base = {line.split(">")[0] for line in needs if "extra ==" not in line}
     assert base == {"click", "jinja2", "msgpack", "pyzmq", "tokenizers"}
-    assert set(metadata.get_all("Provides-Extra")) == {"serve", "test", "all"}
+    assert set(metadata.get_all("Provides-Extra")) == {"bench", "serve", "test", "all"}
     assert metadata["Requires-Python"] == ">=3.11"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
     assert metadata["Version"] == headrace.__version__
@@ -102,6 +102,8 @@ main()
     command = [sys.executable, "-P", "-c", code, str(unpacked)]
     assert run([*command, "--version"], cwd=unpacked).strip() == f"headrace, version {headrace.__version__}"
     assert "headrace broker" in run([*command, "broker", "--help"], cwd=unpacked)
+    decode = ["bench", "decode", "--shape", "tiny", "--no-peers", "--read-gb-s", "1", "--matmul-tflop-s", "1"]
+    assert "tiny" in run([*command, *decode, "--output-tokens", "4", "--device", "cpu"], cwd=unpacked)
 
 
 def test_source_archive_builds_the_same_package(source, wheel, tmp_path):

@@ -4,9 +4,9 @@
     x_triton.py    its kernel, imported when the first tensor of a GPU comes
     pair.py        joins the two and picks by device, which nothing else does
 
-`attend_triton.py` is the kernel of both attentions, `gemv_triton.py` and `skinny_triton.py` are those of `linear` for a
-few rows; for more it calls cuBLAS. `chain_triton.py` lets a kernel begin while the one before it ends, and
-`math_triton.py` is what kernels share. Of `sampling` only the drawing has a kernel; the rest runs anywhere.
+`attend_triton.py` and `decode_triton.py` are the kernels of all attentions, for many queries of a sequence and for one,
+`gemv_triton.py` and `skinny_triton.py` those of `linear` for a few rows; for more it calls cuBLAS. Of `sampling` only
+the choice has a kernel, which `edges_triton.py` tells what filters keep. The rest is what kernels share.
 
 A kernel computes in float32 and rounds at the edge, takes any shape, and reads nothing that is masked: what is not a
 number stays where it is. Tile sizes are fixed in a table at the top of each file, with the reason, those of `linear`

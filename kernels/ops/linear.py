@@ -13,7 +13,7 @@ from headrace.kernels.spec import Activation
 
 __all__ = ["fold_norm", "linear", "pack_weight", "product", "share_norm"]
 
-_TYPICAL_ROWS = 8  # the layout that serves it is best from 1 to 512 rows (benchmarks/engine.py)
+_TYPICAL_ROWS = 8  # the layout that serves it is best from 1 to 512 rows (`headrace bench latency`)
 _FOLDED_ROWS = 4096  # of a weight that are held in float32 at a time
 
 

@@ -65,12 +65,16 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
             assert inspect.signature(getattr(reference, op)) == inspect.signature(getattr(kernel, op)), op
     assert paired_ops() == {
         "activate",
-        "draw",
+        "choose",
+        "count",
+        "edit",
         "experts",
         "full_attention",
         "linear",
         "norm",
         "paged_attention",
+        "place",
+        "rotate_and_attend",
         "rotate_and_cache",
         "share_norm",
     }

@@ -29,6 +29,10 @@ class Kernels:
             pytest.skip(f"kernels are {'interpreted' if interpreting else 'compiled'} in this run (TRITON_INTERPRET)")
         self.device = torch.device("cuda" if place == "cuda" else "cpu")
 
+    def many(self, on_gpu: int, interpreted: int) -> int:
+        """A number that differs, for the interpreter is slow."""
+        return on_gpu if self.device.type == "cuda" else interpreted
+
     def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `op` returns when all of its tensors are on the device."""
         args, kwargs = to_device((args, kwargs), self.device)

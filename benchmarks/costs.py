@@ -1,0 +1,192 @@
+"""What must be read and computed, at the least, counted from a model's specification. Numbers only.
+
+Read are weights, once per step, and keys and values of what a token sees; of an embedding that is no head, single rows
+are read, which count for nothing. What is written, and read again while the caches of the chip hold it, is not counted:
+the floor is what no implementation can do without. Operations are those of matrix products, an addition and a
+multiplication counted as two; of causal attention the half above the diagonal is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.kernels.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec
+
+__all__ = ["Ceilings", "Cost", "Costs", "num_parameters"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """What a device can do, measured: bytes per second read from memory, operations per second of matrix products."""
+
+    read: float
+    matmul: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Bytes read and operations done."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(self.bytes * factor, self.flops * factor)
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """The least time: reading and computing overlap, so it is the longer of the two."""
+        return max(self.bytes / ceilings.read, self.flops / ceilings.matmul)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Of one model in one precision.
+
+    Attributes:
+        spec: of the model.
+        itemsize: bytes of one weight, key or value.
+    """
+
+    spec: ModelSpec
+    itemsize: int
+
+    def step(self, batch: int, context: float, source: float = 0.0) -> Cost:
+        """One step in which `batch` sequences decode a token each, every one seeing `context` tokens, itself included,
+        and, in an encoder-decoder, `source` tokens of its text."""
+        weights = sum(_read_by(layer, self.spec.hidden_size, batch) for layer in self.spec.layers) + self._head()
+        used = sum(_used_by(layer, self.spec.hidden_size) for layer in self.spec.layers) + self._head()
+        seen = self.context(context, source)
+        return Cost(weights * self.itemsize + batch * seen.bytes, batch * (2 * used + seen.flops))
+
+    def context(self, context: float, source: float = 0.0) -> Cost:
+        """Keys and values that one token sees, in all layers."""
+        read = flops = 0.0
+        for layer in self.spec.layers:
+            for attention, length in ((layer.attention, context), (layer.cross, source)):
+                if attention is not None:
+                    seen = length if attention.window is None else min(length, attention.window)
+                    read += 2 * attention.num_kv_heads * attention.head_dim * seen * self.itemsize
+                    flops += 4 * attention.num_heads * attention.head_dim * seen
+        return Cost(read, flops)
+
+    def prompts(self, batch: int, length: int) -> Cost:
+        """`batch` prompts of `length` tokens each, up to their first tokens; of an encoder-decoder, its texts."""
+        if self.spec.encoder is not None:
+            return self._texts(self.spec.encoder.layers, batch, length) + self._sources(batch, length)
+        cost = self._texts(self.spec.layers, batch, length)
+        return cost + Cost(self._head() * self.itemsize, 2 * self._head() * batch)
+
+    def texts(self, batch: int, length: int) -> Cost:
+        """`batch` whole texts of `length` tokens each, through an encoder."""
+        return self._texts(self.spec.layers, batch, length)
+
+    def _texts(self, layers: tuple[LayerSpec, ...], batch: int, length: int) -> Cost:
+        tokens, hidden = batch * length, self.spec.hidden_size
+        cost = Cost()
+        for layer in layers:
+            attention = layer.attention
+            seen = length if attention.window is None else min(length, attention.window)
+            pairs = length * seen - (seen * seen / 2 if attention.causal else 0)
+            flops = 2 * tokens * _used_by(layer, hidden)
+            flops += 4 * batch * attention.num_heads * attention.head_dim * pairs
+            cost += Cost(_read_by(layer, hidden, tokens) * self.itemsize, flops)
+        return cost
+
+    def _sources(self, batch: int, length: int) -> Cost:
+        """What is made of an encoder's states for the layers that look across, and the first token's step."""
+        made = sum(_cross_states(layer.cross, self.spec.hidden_size) for layer in self.spec.layers if layer.cross)
+        return Cost(made * self.itemsize, 2 * made * batch * length) + self.step(batch, 1, length)
+
+    def _head(self) -> int:
+        """Weights between the last hidden state and the logits."""
+        return _last(self.spec) if self.spec.head is not None else _norm(self.spec.final_norm, self.spec.hidden_size)
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """All of a model's, a tied head counted once."""
+    hidden, embedding = spec.hidden_size, spec.embedding
+    count = spec.vocab_size * embedding.size
+    count += hidden * embedding.positions.count if embedding.positions else 0
+    count += hidden * embedding.token_types + _norm(embedding.norm, hidden)
+    count += hidden * embedding.size if embedding.size != hidden else 0
+    count += sum(_layer(layer, hidden) for layer in spec.layers) + _relative(spec.layers)
+    if spec.encoder is not None:
+        layers = spec.encoder.layers
+        count += sum(_layer(layer, hidden) for layer in layers) + _relative(layers)
+        count += _norm(spec.encoder.final_norm, hidden)
+    count += _last(spec) if spec.head is not None else _norm(spec.final_norm, hidden)
+    count -= spec.vocab_size * embedding.size if spec.head is not None and spec.head.tied else 0
+    return count + (_linear(hidden, hidden, True) if spec.pooler else 0)
+
+
+def _last(spec: ModelSpec) -> int:
+    hidden, size, head = spec.hidden_size, spec.embedding.size, spec.head
+    assert head is not None
+    count = _linear(size, spec.vocab_size, head.bias) + _norm(spec.final_norm, hidden)
+    count += hidden * size if size != hidden else 0
+    if head.transform is not None:
+        count += _linear(hidden, hidden, True) + _norm(head.transform.norm, hidden)
+    return count
+
+
+def _layer(layer: LayerSpec, hidden: int) -> int:
+    """All parameters of one layer."""
+    count = _attention(layer, hidden) + (_cross_states(layer.cross, hidden) if layer.cross else 0)
+    experts = layer.mlp.experts
+    return count + _mlp(layer.mlp, hidden, 1 if experts is None else experts.count)
+
+
+def _read_by(layer: LayerSpec, hidden: int, tokens: int) -> float:
+    """Weights of one layer that `tokens` tokens need; of experts, as many as tokens that choose at random choose."""
+    experts, asked = layer.mlp.experts, 1.0
+    if experts is not None:
+        asked = experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
+    return _attention(layer, hidden) + _mlp(layer.mlp, hidden, asked)
+
+
+def _used_by(layer: LayerSpec, hidden: int) -> float:
+    """Weights of one layer that one token is multiplied with."""
+    experts = layer.mlp.experts
+    return _attention(layer, hidden) + _mlp(layer.mlp, hidden, 1 if experts is None else experts.per_token)
+
+
+def _attention(layer: LayerSpec, hidden: int) -> int:
+    """Attention and norms; of attention across, what a decoded token needs."""
+    attention = layer.attention
+    norms = (1 if layer.shared_norm else 2) + (2 if layer.placement == "sandwich" else 0)
+    count = norms * _norm(layer.norm, hidden)
+    count += _linear(hidden, attention.qkv_size, attention.qkv_bias) + 2 * _norm(attention.qk_norm, attention.head_dim)
+    count += _linear(attention.num_heads * attention.head_dim, hidden, attention.out_bias)
+    if (cross := layer.cross) is not None:
+        inner = cross.num_heads * cross.head_dim
+        count += _norm(layer.norm, hidden)
+        count += _linear(hidden, inner, cross.qkv_bias) + _linear(inner, hidden, cross.out_bias)
+    return count
+
+
+def _cross_states(cross: AttentionSpec, hidden: int) -> int:
+    return _linear(hidden, 2 * cross.num_kv_heads * cross.head_dim, cross.qkv_bias)
+
+
+def _mlp(mlp: MLPSpec, hidden: int, asked: float) -> int:
+    rows = mlp.size * (2 if mlp.gated else 1)
+    one = _linear(hidden, rows, mlp.bias) + _linear(mlp.size, hidden, mlp.bias)
+    return round(asked * one) + (hidden * mlp.experts.count if mlp.experts is not None else 0)
+
+
+def _relative(layers: tuple[LayerSpec, ...]) -> int:
+    attention = layers[0].attention
+    return attention.relative.num_buckets * attention.num_heads if attention.relative else 0
+
+
+def _linear(in_size: int, out_size: int, bias: bool) -> int:
+    return in_size * out_size + (out_size if bias else 0)
+
+
+def _norm(norm: NormSpec | None, size: int) -> int:
+    if norm is None or not norm.affine:
+        return 0
+    return size * (2 if norm.kind == "layer" else 1)

@@ -1,0 +1,134 @@
+"""Who is measured: a subject loads one model at a time, and generates or reads a batch as often as it is asked.
+
+Each runs in a process of its own (`run_subject`), so that what a peer breaks or how much memory it takes costs one row.
+All get the same prompts, greedy sampling and as many tokens as were asked for, whatever they mean.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from headrace.benchmarks.measure import Timeline
+from headrace.benchmarks.shapes import Source
+from headrace.benchmarks.worker import answer
+
+__all__ = ["OURS", "SUBJECTS", "Room", "Subject", "run_subject"]
+
+OURS = "headrace"
+
+# name -> where it is, as module:class, with arguments of its own.
+SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
+    OURS: ("headrace.benchmarks.ours:Headrace", {"graphs": True}),
+    "headrace-eager": ("headrace.benchmarks.ours:Headrace", {"graphs": False}),
+    "transformers": ("headrace.benchmarks.peers:Transformers", {}),
+    "transformers-compile": ("headrace.benchmarks.peers:CompiledTransformers", {}),
+    "deepspeed": ("headrace.benchmarks.peers:DeepSpeed", {}),
+    "vllm": ("headrace.benchmarks.peers:VLLM", {}),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a subject must have room for, over all cases of a model.
+
+    Attributes:
+        sequences: at once.
+        length: tokens of the longest sequence.
+        tokens: of all sequences together.
+        step_tokens: budget of one step, where a subject has one.
+        seed: of random weights.
+    """
+
+    sequences: int
+    length: int
+    tokens: int
+    step_tokens: int
+    seed: int
+
+
+class Subject(Protocol):
+    """One engine."""
+
+    def load(self, source: Source, room: Room) -> dict[str, Any]:
+        """Get a model ready; facts about it."""
+
+    def generate(
+        self, prompts: list[list[int]], output_tokens: int, *, on_decode: Callable[[], None] | None = None
+    ) -> Timeline:
+        """Continue prompts, all at once; `on_decode` is called when all sequences have their first token."""
+
+    def encode(self, texts: list[list[int]]) -> Timeline:
+        """Read texts, all at once."""
+
+    def unload(self) -> None:
+        """Free what the model takes."""
+
+
+def run_subject(*, name: str, device: str, threads: int) -> None:
+    """Be a subject.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    from headrace.workers.rank_threads import use_threads
+
+    use_threads(threads, crowded=True)  # the others wait on the same cores
+    from headrace.workers.device import pick_device
+
+    where, arguments = SUBJECTS[name]
+    module, _, kind = where.partition(":")
+    orders = _Orders(getattr(importlib.import_module(module), kind)(device=pick_device(device), **arguments))
+    answer({order: getattr(orders, order) for order in ("load", "generate", "encode", "profile", "unload")})
+
+
+class _Orders:
+    """A subject behind plain values."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+
+    def load(self, source: dict[str, Any], room: dict[str, Any]) -> dict[str, Any]:
+        return self._subject.load(Source(**source), Room(**room))
+
+    def generate(self, prompts: dict[str, int], output_tokens: int) -> dict[str, Any]:
+        return self._subject.generate(_made(prompts), output_tokens).to_wire()
+
+    def encode(self, prompts: dict[str, int], output_tokens: int) -> dict[str, Any]:
+        return self._subject.encode(_made(prompts)).to_wire()
+
+    def profile(
+        self, task: str, prompts: dict[str, int], output_tokens: int, decoding: bool, trace: str | None
+    ) -> dict[str, Any]:
+        from headrace.benchmarks.traces import traced
+
+        texts, subject = _made(prompts), self._subject
+
+        def run(begin: Callable[[], None]) -> int:
+            if decoding:
+                return len(subject.generate(texts, output_tokens, on_decode=begin).gaps)
+            begin()
+            if task == "encode":
+                subject.encode(texts)
+            else:
+                subject.generate(texts, output_tokens)
+            return 1
+
+        return traced(run, trace)
+
+    def unload(self) -> None:
+        self._subject.unload()
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _made(prompts: dict[str, int]) -> list[list[int]]:
+    from headrace.benchmarks.metrics import prompts as make
+
+    return make(**prompts)

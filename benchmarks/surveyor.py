@@ -1,0 +1,123 @@
+"""The process that knows the device and the models, so that the one that reports needs no torch.
+
+facts     of device and software
+ceilings  what the device can do
+model     what a source is: its vocabulary, the longest text, whether it generates
+least     seconds that a case takes at the least
+read_by   bytes that matrix products and attention read in one decode step
+write     a folder of a shape
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from headrace.benchmarks.costs import Ceilings, Costs
+from headrace.benchmarks.measure import Case
+from headrace.benchmarks.shapes import Source
+from headrace.benchmarks.worker import answer
+
+__all__ = ["survey"]
+
+
+def survey(*, device: str, threads: int) -> None:
+    """Be the surveyor.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    from headrace.workers.device import pick_device
+    from headrace.workers.rank_threads import use_threads
+
+    use_threads(threads, crowded=False)
+    surveyor = _Surveyor(pick_device(device))
+    answer({name: getattr(surveyor, name) for name in ("facts", "ceilings", "model", "least", "read_by", "write")})
+
+
+class _Surveyor:
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._specs: dict[Source, tuple[Any, Any]] = {}
+
+    def facts(self) -> dict[str, Any]:
+        import torch
+
+        gpu = self._device.type == "cuda"
+        found = {
+            "device": torch.cuda.get_device_name(self._device) if gpu else f"CPU, {torch.get_num_threads()} threads",
+            "machine": platform.platform(),
+            "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        for package in ("headrace", "torch", "triton", "transformers"):
+            found[package] = _version(package)
+        return found
+
+    def ceilings(self, dtypes: list[str], read: float | None, matmul: float | None) -> dict[str, Any]:
+        import torch
+
+        from headrace.benchmarks.ceilings import matmul_rate, read_rate
+
+        rates = {name: matmul or matmul_rate(self._device, getattr(torch, name)) for name in dtypes}
+        read = read or read_rate(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # it belongs to those who are measured
+        return {"read": read, "matmul": rates}
+
+    def model(self, source: dict[str, Any]) -> dict[str, Any]:
+        spec, dtype = self._spec(Source(**source))
+        return {
+            "vocab_size": spec.vocab_size,
+            "max_positions": spec.max_positions,
+            "generates": not spec.is_encoder,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    def least(self, case: dict[str, Any], read: float, matmul: float) -> float:
+        from headrace.benchmarks.measures import MEASURES
+
+        asked = Case(**case | {"source": Source(**case["source"])})
+        spec, dtype = self._spec(asked.source)
+        parts = MEASURES[asked.measure].cost(Costs(spec, dtype.itemsize), asked)
+        ceilings = Ceilings(read=read, matmul=matmul)
+        return sum(part.seconds(ceilings) for part in parts)
+
+    def read_by(self, case: dict[str, Any]) -> dict[str, float]:
+        from headrace.benchmarks.decode import step_cost
+
+        asked = Case(**case | {"source": Source(**case["source"])})
+        spec, dtype = self._spec(asked.source)
+        costs = Costs(spec, dtype.itemsize)
+        whole, weights = step_cost(costs, asked).bytes, costs.step(asked.batch, 0).bytes
+        return {"matmul": weights, "attention": whole - weights}
+
+    def write(self, source: dict[str, Any], folder: str, seed: int) -> None:
+        import torch
+
+        from headrace.benchmarks.models import write_folder
+
+        write_folder(Source(**source), Path(folder), self._device, seed)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _spec(self, source: Source) -> tuple[Any, Any]:
+        from headrace.benchmarks.models import dtype_of, spec_of
+
+        if source not in self._specs:
+            self._specs[source] = spec_of(source), dtype_of(source)
+        return self._specs[source]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package == "headrace":
+            from headrace._version import __version__
+
+            return __version__
+        return "none"

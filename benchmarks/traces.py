@@ -1,0 +1,94 @@
+"""What the kernels of a run took: a trace for a viewer, and a table of the longest with their share and, where it is
+known what they must read, how fast they read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from headrace.scripts.terminal import table
+
+__all__ = ["kernel_lines", "kind_of", "traced"]
+
+_SHOWN = 16
+_KINDS = {
+    "attention": re.compile(r"attend|attention|flash|fmha|sdpa|softmax", re.IGNORECASE),
+    "matmul": re.compile(r"gemm|gemv|linear|matmul|cutlass|nvjet|splitk|::(add|b|baddb)?mm\b", re.IGNORECASE),
+}
+
+
+def traced(run: Callable[[Callable[[], None]], int], path: str | None) -> dict[str, Any]:
+    """Profile a run from where it says so.
+
+    Args:
+        run: is given what it calls at the first step that counts; returns the number of steps from there.
+        path: of the trace, in the format of Chrome's viewer and of Perfetto; None for none.
+
+    Returns:
+        `steps`, and `kernels`: name, calls and milliseconds of each; on a CPU, of each operation of torch.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = torch.cuda.is_available()
+    profiler = profile(activities=[ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU], acc_events=True)
+    steps = run(profiler.start)
+    if gpu:
+        torch.cuda.synchronize()
+    profiler.stop()
+    kernels = []
+    for event in profiler.key_averages():
+        if gpu and event.device_type.name != "CUDA":
+            continue
+        spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+        kernels.append({"name": event.key, "calls": event.count, "ms": spent / 1e3})
+    if path is not None:
+        profiler.export_chrome_trace(path)
+    return {"steps": steps, "kernels": sorted(kernels, key=lambda kernel: -float(kernel["ms"]))}
+
+
+def kind_of(kernel: str) -> str:
+    """attention, matmul or other, by what kernels and operations of that kind are called."""
+    return next((kind for kind, pattern in _KINDS.items() if pattern.search(kernel)), "other")
+
+
+def kernel_lines(found: Mapping[str, Any], read_by: Mapping[str, float], ceiling: float) -> list[str]:
+    """The longest kernels, then their kinds, per step.
+
+    Args:
+        found: what `traced` found.
+        read_by: bytes that a kind must read in one step, where that is known.
+        ceiling: bytes per second that the device reads.
+    """
+    steps, kernels = max(1, found["steps"]), found["kernels"]
+    total = sum(kernel["ms"] for kernel in kernels) or 1.0
+    lines = _listed(kernels, steps, total)
+    heads = ["kind", "us per step", "share", "MB per step", "GB/s", "of the device's"]
+    rows = []
+    for kind in (*_KINDS, "other"):
+        ms = sum(kernel["ms"] for kernel in kernels if kind_of(kernel["name"]) == kind) / steps
+        read = read_by.get(kind)
+        rate = read / ms * 1e3 if read and ms else None
+        known = ["-"] * 3 if rate is None or read is None else _known(read, rate, ceiling)
+        rows.append([kind, f"{ms * 1e3:,.1f}", f"{ms * steps / total:.1%}", *known])
+    return [*lines, "", *table(heads, rows)]
+
+
+def _listed(kernels: Sequence[Mapping[str, Any]], steps: int, total: float) -> list[str]:
+    heads = ["us per step", "share", "calls per step", "kernel"]
+    rows = [
+        [
+            f"{kernel['ms'] / steps * 1e3:,.1f}",
+            f"{kernel['ms'] / total:.1%}",
+            f"{kernel['calls'] / steps:.1f}",
+            kernel["name"][:80],
+        ]
+        for kernel in kernels[:_SHOWN]
+    ]
+    return table(heads, rows)
+
+
+def _known(read: float, rate: float, ceiling: float) -> list[str]:
+    return [f"{read / 1e6:,.1f}", f"{rate / 1e9:,.0f}", f"{rate / ceiling:.0%}"]

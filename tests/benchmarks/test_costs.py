@@ -1,0 +1,142 @@
+"""The floors: what the cost model counts is what the models are made of, and what was counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.benchmarks.costs import Ceilings, Cost, Costs, num_parameters
+from headrace.benchmarks.decode import DECODE
+from headrace.benchmarks.measure import Case
+from headrace.benchmarks.models import config_of, spec_of
+from headrace.benchmarks.shapes import SHAPES, Source
+from headrace.kernels.model import Model
+from headrace.kernels.policies import find_policy
+from tests.support.tiny_models import FAMILIES, make_model
+
+H200 = Ceilings(read=4.38e12, matmul=792e12)
+
+
+def source(name):
+    return Source(name=name, shape=name, dtype=SHAPES[name].dtype)
+
+
+def costs(name):
+    return Costs(spec_of(source(name)), 2)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_are_those_of_the_model(name):
+    spec = spec_of(source(name))
+    model = Model(spec, dtype=torch.float32, device="meta")
+
+    assert num_parameters(spec) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_of_every_family(family):
+    """Families differ in norms, biases, experts: none is forgotten."""
+    module = make_model(family)
+    config = module.config
+    config.architectures = [type(module).__name__]
+    spec = find_policy(type(module).__name__).spec(config)
+    model = Model(spec, dtype=torch.float32, device="meta")
+
+    assert num_parameters(spec) == sum(parameter.numel() for parameter in model.parameters())
+
+
+# Milliseconds per token at batch 1 behind a prompt of 128, counted by hand: weights and head, at 4.38 TB/s.
+@pytest.mark.parametrize(
+    ("name", "floor"),
+    [
+        ("llama-8b", 3.43),
+        ("llama-1b", 0.57),
+        ("gpt2-xl", 0.71),
+        ("opt-6.7b", 3.04),
+        ("gptj-6b", 2.67),
+        ("pythia-6.9b", 3.04),
+        ("bloom-7b1", 3.23),
+        ("falcon-7b", 3.1),
+        ("t5-3b", 0.66),
+    ],
+)
+def test_floors_of_one_token(name, floor):
+    case = Case(measure="decode", source=source(name), batch=1, prompt_tokens=128, output_tokens=16)
+    [cost] = DECODE.cost(costs(name), case)
+
+    assert cost.seconds(H200) * 1e3 == pytest.approx(floor, rel=0.03)
+
+
+def test_floor_of_an_encoder():
+    """24 layers of 12,596,224 parameters; of the 31.8 million of the embeddings only rows are read."""
+    assert costs("bert-large").texts(1, 128).bytes == 24 * 12_596_224 * 2
+
+
+@pytest.mark.parametrize(("batch", "floor"), [(16, 3.95), (64, 5.5)])
+def test_floors_of_batches(batch, floor):
+    assert costs("llama-8b").step(batch, 1088).seconds(H200) * 1e3 == pytest.approx(floor, rel=0.01)
+
+
+def test_a_step_counts_weights_once_and_contexts_each():
+    model = costs("llama-8b")
+    per_token = 32 * 2 * 8 * 128 * 2
+
+    assert model.step(1, 0).bytes == model.step(64, 0).bytes == (8_030_261_248 - 128_256 * 4096) * 2
+    assert model.step(64, 1000).bytes - model.step(64, 0).bytes == 64 * 1000 * per_token
+    assert model.step(64, 0).flops == 64 * model.step(1, 0).flops
+
+
+def test_a_large_batch_is_bound_by_its_operations():
+    step = costs("llama-8b").step(4096, 1)
+
+    assert step.seconds(H200) == step.flops / H200.matmul > step.bytes / H200.read
+
+
+def test_prompts_count_half_of_the_square():
+    """By hand: twice the weights per token, and of attention 4 * width per pair of tokens, half of the square."""
+    weights = 32 * (4096 * (6144 + 4096) + 3 * 4096 * 14336 + 2 * 4096)
+    flops = 2 * weights * 8192 + 32 * 4 * 4096 * 8192 * 8192 / 2 + 2 * (4096 * 128_256 + 4096)
+
+    assert costs("llama-8b").prompts(1, 8192).flops == pytest.approx(flops, rel=1e-9)
+
+
+def test_a_window_bounds_what_is_seen():
+    config = config_of(source("llama-8b"))
+    spec = find_policy("MistralForCausalLM").spec(_mistral(config))
+    windowed = Costs(spec, 2)
+
+    assert windowed.context(100_000).bytes == windowed.context(4096).bytes > windowed.context(4095).bytes
+
+
+def _mistral(config):
+    from transformers import MistralConfig
+
+    return MistralConfig(
+        hidden_size=config.hidden_size, num_hidden_layers=2, sliding_window=4096, architectures=["MistralForCausalLM"]
+    )
+
+
+def test_experts_are_read_as_far_as_they_are_asked():
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_local_experts=8, num_experts_per_tok=2
+    )
+    config.architectures = ["MixtralForCausalLM"]
+    model = Costs(find_policy("MixtralForCausalLM").spec(config), 2)
+    expert = 3 * 64 * 128 * 2
+    rest = model.step(1, 0).bytes - 2 * expert
+
+    assert model.step(2, 0).bytes == pytest.approx(rest + 8 * (1 - 0.75**2) * expert, abs=2)
+    assert model.step(1000, 0).bytes == pytest.approx(rest + 8 * expert, abs=2)
+
+
+def test_an_encoder_decoder_reads_its_source():
+    """One layer's keys and values of 128 tokens of source and 10 of its own, 24 layers, 32 heads of 128."""
+    model = costs("t5-3b")
+
+    assert model.step(1, 10, 128).bytes - model.step(1, 0, 0).bytes == 24 * 2 * 32 * 128 * 138 * 2
+
+
+def test_costs_add_up():
+    assert Cost(1, 2) + Cost(3, 4) * 2 == Cost(7, 10)

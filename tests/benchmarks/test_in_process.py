@@ -1,0 +1,132 @@
+"""Measurements in process, end to end on a CPU: rows, tables, peers that fail. How fast anything is, is not tested.
+
+Each starts real processes, so one test looks at all that a run shows.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from headrace.scripts.main import cli
+
+
+def test_decode(bench, tmp_path):
+    """Ours, a peer, one that is not installed and ours without graphs; two shapes, one an encoder-decoder."""
+    done = bench(
+        "decode --shape tiny --shape tiny-t5 --batch 1 --batch 3 --prompt-tokens 20 --output-tokens 6 "
+        f"--peer transformers --peer vllm --peer headrace-eager --profile {tmp_path / 'traces'}"
+    )
+
+    assert [(row["model"], row["case"]["batch"]) for row in done.rows] == [
+        (shape, batch) for shape in ("tiny", "tiny-t5") for batch in (1, 3)
+    ]
+    for row in done.rows:
+        figures = row["figures"]
+        assert list(figures) == ["headrace", "transformers", "vllm", "headrace-eager"]
+        assert figures["vllm"] == {"error": "vllm is not installed"}
+        for name in ("headrace", "transformers", "headrace-eager"):
+            assert 0 < figures[name]["value"] <= figures[name]["p99_ms"]
+        assert figures["headrace"]["steps"] >= 2
+        assert figures["transformers"]["times_ours"] > 0
+        assert 0 < row["limit"] < figures["headrace"]["value"]
+        assert row["goal"] is None  # goals are those of one device
+        assert row["published"] == {}
+    assert done.facts["device"] == "CPU, 1 threads"
+    assert done.facts["read GB/s"] == 10
+    table = done.output.splitlines()
+    assert any(line.split()[:5] == ["tiny", "float32", "3", "20", "6"] for line in table)
+    assert "by vllm: vllm is not installed" in done.output
+    assert "attention" in done.output
+    assert len(list((tmp_path / "traces").glob("*.trace.json"))) == 4
+    trace = json.loads((tmp_path / "traces/tiny-decode-batch-1.trace.json").read_text())
+    assert any("linear" in event.get("name", "") for event in trace["traceEvents"])
+
+
+@pytest.mark.parametrize(
+    ("words", "unit", "details"),
+    [
+        (
+            "latency --shape tiny --batch 2 --prompt-tokens 9 --output-tokens 5 --rounds 2",
+            "ms",
+            {"first_token_ms", "tokens_per_s", "decode_tokens_per_s"},
+        ),
+        ("prefill --shape tiny --prompt-tokens 40 --rounds 2", "tok/s", {"first_token_ms"}),
+        (
+            "throughput --shape tiny --requests 5 --prompt-tokens 9 --output-tokens 4",
+            "tok/s",
+            {"duration_s", "requests_per_s"},
+        ),
+        ("encode --shape tiny-bert --batch 2 --prompt-tokens 9 --rounds 2", "ms", {"p99_ms", "passes"}),
+    ],
+)
+def test_the_others(bench, words, unit, details):
+    done = bench(words)
+
+    [row] = done.rows
+    assert row["measure"] == words.split()[0]
+    assert row["unit"] == unit
+    assert set(row["figures"]) == {"headrace", "transformers"}
+    assert details <= set(row["figures"]["headrace"])
+    value, limit = row["figures"]["headrace"]["value"], row["limit"]
+    assert 0 < limit < value if unit == "ms" else 0 < value < limit
+
+
+def test_a_model_with_weights(bench, tmp_path):
+    """A folder: its own weights, dtype and name; no graphs for ours."""
+    from tests.support.tiny_models import save_model
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    save_model(folder)
+    done = bench(f"decode --shape {folder} --prompt-tokens 9 --output-tokens 5 --enforce-eager")
+
+    [row] = done.rows
+    assert row["model"] == "mine"
+    assert row["figures"]["headrace-eager"]["value"] > 0
+    assert row["figures"]["transformers"]["value"] > 0
+
+
+def test_what_does_not_fit_costs_its_row(bench):
+    """GPT-2's positions end at 1,024; fewer layers make it quick."""
+    done = bench("decode --shape gpt2-xl --layers 1 --dtype float32 --prompt-tokens 1020 --output-tokens 8 --no-peers")
+
+    [row] = done.rows
+    assert row["figures"] == {"headrace": {"error": "the model was made for 1,024 tokens"}}
+    assert "failed" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("decode --shape no-such-model/", "no-such-model/"),
+        ("decode --shape tiny-bert", "tiny-bert is an encoder"),
+        ("encode --shape tiny", "tiny generates"),
+        ("decode --shape tiny --device cuda:99", "device is 'cuda:99'"),
+        ("decode --shape tiny --json no/such/folder.json", "There is no folder"),
+        ("plot setup.py", "is no file that `headrace bench --json`"),
+    ],
+)
+def test_wrong_values_are_named(words, expected, monkeypatch):
+    from tests.scripts.commands import ROOT
+
+    monkeypatch.chdir(ROOT)
+    ceilings = () if words.startswith("plot") else ("--read-gb-s", "1", "--matmul-tflop-s", "1")
+    result = CliRunner().invoke(cli, ["bench", *words.split(), *ceilings])
+
+    assert result.exit_code == 2, result.output
+    assert expected in result.output
+    assert "Traceback" not in result.output
+
+
+def test_ceilings_are_measured():
+    import torch
+
+    from headrace.benchmarks.ceilings import matmul_rate, read_rate
+
+    cpu = torch.device("cpu")
+
+    assert 1e8 < read_rate(cpu) < 1e13
+    assert 1e8 < matmul_rate(cpu, torch.float32) < 1e15

@@ -1,0 +1,143 @@
+"""Tables, goals and pictures, out of rows made by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from headrace.benchmarks import plots, published
+from headrace.benchmarks.report import Report, Row, amount, read_report, report_lines, span, verdict
+from headrace.benchmarks.shapes import SHAPES
+from headrace.benchmarks.traces import kernel_lines, kind_of
+from headrace.errors import ConfigError
+from headrace.scripts.main import cli
+
+FACTS = {"device": "NVIDIA H200", "date": "2026-11-25", "read GB/s": 4380.0, "ceilings": {"read": 4.38e12}}
+
+
+def row(value=3.9, **changes):
+    """A decode step of an 8B model on an H200."""
+    fields = {
+        "measure": "decode",
+        "title": "Decode: ms from step to step",
+        "unit": "ms",
+        "model": "llama-8b",
+        "dtype": "bfloat16",
+        "case": {"batch": 1, "prompt_tokens": 128, "output_tokens": 48},
+        "figures": {"headrace": {"value": value, "p99_ms": 4.1}, "transformers": {"value": 28.13}},
+        "limit": 3.43,
+        "goal": 3.75,
+        "published": {"vLLM 0.26": 4.93, "transformers eager": (13.7, 22.6)},
+    }
+    return Row(**fields | changes)
+
+
+def test_a_table():
+    failed = row(model="opt-6.7b", figures={"headrace": {"error": "OutOfMemoryError: 12 GB"}}, published={}, goal=None)
+    text = "\n".join(report_lines(FACTS, [row(), failed]))
+
+    [line] = [line for line in text.splitlines() if line.startswith("llama-8b")]
+    cells = line.split()
+    for cell in ("3.900", "28.13", "3.430", "88%", "3.750", "missed", "(+4%)", "4.930", "13.70-22.60"):
+        assert cell in cells, (cell, line)
+    assert "vLLM 0.26*" in text
+    assert f"measured elsewhere: on one NVIDIA H200, {published.DATE}" in text
+    assert "decode of opt-6.7b (batch 1, prompt 128, output 48) by headrace: OutOfMemoryError: 12 GB" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "more", "expected"),
+    [(3.0, False, "met (-20%)"), (3.75, False, "met (+0%)"), (4.5, False, "missed (+20%)"), (4.5, True, "met (+20%)")],
+)
+def test_verdicts(value, more, expected):
+    assert verdict(row(value, more_is_better=more)) == expected
+
+
+def test_a_goal_without_a_figure():
+    assert verdict(row(figures={})) == "not measured"
+    assert verdict(row(goal=None)) == "-"
+
+
+def test_amounts():
+    assert [amount(n) for n in (None, 3, 0.5712, 3.431, 28.127, 115.04, 9950.4)] == [
+        "-",
+        "3",
+        "0.571",
+        "3.431",
+        "28.13",
+        "115.0",
+        "9,950",
+    ]
+    assert span((13.7, 22.6)) == "13.70-22.60"
+
+
+def test_the_file_is_whole_after_every_row(tmp_path):
+    path = tmp_path / "out.json"
+    report = Report(path, FACTS)
+    for value in (1.0, 2.0):
+        report.add(row(value))
+        facts, rows = read_report(path)
+        assert facts == json.loads(json.dumps(FACTS))
+        assert rows[-1].value("headrace") == value
+    assert len(rows) == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_goals_are_those_of_the_device():
+    case = {"batch": 1, "prompt_tokens": 128, "output_tokens": 48}
+
+    assert Report(None, FACTS).known("decode", "llama-8b", "bfloat16", **case)["goal"] == 3.75
+    assert Report(None, {"device": "NVIDIA H100"}).known("decode", "llama-8b", "bfloat16", **case) == {}
+    assert Report(None, FACTS).known("decode", "llama-8b", "float32", **case) == {}
+
+
+def test_published_figures_are_of_shapes_that_exist():
+    assert {entry.shape for entry in published.PUBLISHED} <= set(SHAPES)
+    keys = [(e.measure, e.shape, e.dtype, e.batch, e.prompt_tokens) for e in published.PUBLISHED]
+    assert len(keys) == len(set(keys))
+
+
+def test_pictures_need_matplotlib(monkeypatch):
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+
+    with pytest.raises(ConfigError, match=r'pip install "headrace\[bench\]"'):
+        plots.plot_report(FACTS, [row()], None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_pictures_of_a_file(tmp_path):
+    """Of every kind of row; `plot` needs nothing but the file."""
+    path = tmp_path / "out.json"
+    report = Report(path, FACTS)
+    report.add(row())
+    phases = dict.fromkeys(("process_s", "import_s", "load_s", "warm_up_s", "first_token_s"), 1.0)
+    report.add(row(measure="startup cold", title="Start", figures={"headrace": {"value": 5.0, **phases}}))
+    times = {f"{name}_p{share}_ms": 10.0 + share for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)}
+    report.add(row(measure="serve", title="Serve", figures={"headrace": {"value": 5.0, **times}}))
+    report.add(row(title="All failed", figures={"headrace": {"error": "no"}}))
+
+    result = CliRunner().invoke(cli, ["bench", "plot", str(path), "--folder", str(tmp_path / "plots")])
+
+    assert result.exit_code == 0, result.output
+    assert "llama-8b" in result.output
+    files = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert files == ["decode-ms-from-step-to-step.png", "serve.png", "start.png"]
+
+
+def test_kinds_of_kernels():
+    assert kind_of("_skinny_linear_kernel") == kind_of("nvjet_tst_128x64") == kind_of("aten::mm") == "matmul"
+    assert kind_of("_attend_kernel") == kind_of("aten::_scaled_dot_product_flash_attention") == "attention"
+    assert kind_of("_add_norm_kernel") == kind_of("aten::mul") == "other"
+
+
+def test_kernels_with_the_rate_at_which_they_read():
+    """Two steps: 8 ms of products that read 16 GB in each are 4 TB/s."""
+    kernels = [{"name": "_linear", "calls": 64, "ms": 8.0}, {"name": "_norm", "calls": 2, "ms": 2.0}]
+    lines = kernel_lines({"steps": 2, "kernels": kernels}, {"matmul": 16e9}, 4.4e12)
+
+    assert lines[1].split() == ["4,000.0", "80.0%", "32.0", "_linear"]
+    [products] = [line.split() for line in lines if line.startswith("matmul")]
+    assert products == ["matmul", "4,000.0", "80.0%", "16,000.0", "4,000", "91%"]
