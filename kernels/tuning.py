@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 __all__ = [
+    "GEMV_ROWS",
     "MOST_ROWS",
     "LinearShape",
     "Tiles",
@@ -32,9 +33,11 @@ __all__ = [
     "whole_splits",
 ]
 
-MOST_ROWS = 64  # more share a weight so well that it is not what a product waits for
+MOST_ROWS = 128  # more share a weight so well that it is not what a product waits for
 GEMV_ROWS = 4  # each costs the cores one multiplication a weight, which is about as long as it takes to come
-_BUCKETS = (1, 2, 4, 16, 32, 64)
+_BUCKETS = (1, 2, 4, 16, 32, 64, 128)
+
+_SMALL = 2**23  # weights of a product that takes no longer than the launches around it
 
 # What stands in for a GPU that is not known: the smallest of today's data centers.
 _PROCESSORS = 108
@@ -101,7 +104,7 @@ def guess(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
     """What is likely to be good: learned from what was measured on an H200."""
     if shape.rows <= 2 or (shape.rows <= GEMV_ROWS and (shape.itemsize == 4 or not shape.gated)):
         return _guess_gemv(shape, processors)
-    if shape.itemsize != 2:
+    if shape.itemsize != 2 or (shape.rows > 64 and shape.n * shape.k > _SMALL):
         return Tiles("torch")  # exact products of float32 are not for tensor cores
     return _guess_skinny(shape, processors, shared_memory)
 

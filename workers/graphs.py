@@ -283,7 +283,9 @@ class StaticPrompts(StaticStep):
         of_sequences, of_rows = np.split(host[3 * size :], [3 * (num_rows + 1) + 1])
         begins, contexts, owners = np.split(of_sequences, [num_rows + 2, 2 * num_rows + 3])
         begins[: count + 1], begins[count + 1 : -1], begins[-1] = starts, used, size
-        contexts[:count], contexts[count:-1], contexts[-1] = np.add(computed, lens), 0, size - used
+        contexts[:count], contexts[count:-1] = np.add(computed, lens), 0
+        # No more than one block: tables may be shorter than a step. Tokens before that see nothing, and are nothing.
+        contexts[-1] = min(size - used, self._standing.kv.block_size)
         owners[:count], owners[count:] = rows, num_rows
         # A token that is not wanted goes where it harms nobody.
         settings = of_rows.reshape(1 + NUM_SETTINGS, num_rows)

@@ -133,7 +133,7 @@ class Sampler:
             if self._sequences[sequence.row] is not sequence:
                 self._sequences[sequence.row] = sequence
                 self._bind(sequence)
-        return np.array([sequence.row for sequence in sequences])
+        return np.array([sequence.row for sequence in sequences], dtype=np.int64)
 
     def _bind(self, sequence: Sequence) -> None:
         row, params = sequence.row, sequence.sampling

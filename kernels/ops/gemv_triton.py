@@ -58,9 +58,14 @@ def gemv(
     # Weights are there before what comes before is done; what they are multiplied with is not.
     w = _weights(gate, k, 0, K, BLOCK_K)
     v = _weights(up, k, 0, K, BLOCK_K) if GATED else w
+    column = first + tl.arange(0, BLOCK_N)
+    of_gate = _constants(bias, folded, column, column < N, N * (2 if GATED else 1), NORM)
+    of_up = _constants(bias, folded, N + column, column < N, 2 * N, NORM) if GATED else of_gate
     wait_for_earlier(CHAINED)
 
-    sources, pivots, sums = _begin(x, x_stride, num_rows, NORM, ROWS, BLOCK_N, BLOCK_K, LANE)
+    sources, pivots, addends, sums = _begin(
+        x, x_stride, residual, residual_stride, num_rows, column, N, NORM, ROWS, BLOCK_N, BLOCK_K, LANE
+    )
     # The next tile is on its way while one is added up.
     for begin in range(0, K - BLOCK_K, BLOCK_K):
         next_w = _weights(gate, k, begin + BLOCK_K, K, BLOCK_K)
@@ -74,28 +79,23 @@ def gemv(
     sums = _add(sums, w, v, sources, pivots, norm_weight, last + k, K, NORM, UNIT_OFFSET, GATED, ROWS, BLOCK_K, LANE)
 
     gates, ups, means, squares = sums
-    column = first + tl.arange(0, BLOCK_N)
     for row in tl.static_range(ROWS):
-        held = column < tl.where(num_rows > row, N, 0)
         value = tl.sum(gates[row], axis=1)
         other = tl.sum(ups[row], axis=1) if GATED else value
         if NORM is not None:
             mean = tl.sum(means[row], axis=0) / K if NORM == "layer" else 0.0
             variance = tl.maximum(tl.sum(squares[row], axis=0) / K - mean * mean, 0.0)
             rstd = 1.0 / tl.sqrt(variance + eps)
-            value = _normed(value, mean, rstd, folded, column, held, N * (2 if GATED else 1), NORM)
-            if GATED:
-                other = _normed(other, mean, rstd, folded, N + column, held, 2 * N, NORM)
-        if bias is not None:
-            value += tl.load(bias + column, mask=held, other=0.0).to(tl.float32)
-            if GATED:
-                other += tl.load(bias + N + column, mask=held, other=0.0).to(tl.float32)
+            value = (value - mean * of_gate[0]) * rstd
+            other = (other - mean * of_up[0]) * rstd
+        value += of_gate[1]
+        other += of_up[1]
         if ACTIVATION is not None:
             value = activated(value, ACTIVATION)
         if GATED:
             value *= other
-        if residual is not None:
-            value += tl.load(residual + row * residual_stride + column, mask=held, other=0.0).to(tl.float32)
+        value += addends[row]
+        held = column < tl.where(num_rows > row, N, 0)
         tl.store(out + row * N + column, value.to(out.dtype.element_ty), mask=held)
 
 
@@ -113,30 +113,53 @@ def _numbers(tile):
 
 
 @triton.jit
+def _constants(bias, folded, column, held, N: tl.constexpr, NORM: tl.constexpr):
+    """What of a layer norm is to be taken off for a mean of 1, and all that is to be added."""
+    taken = 0.0
+    added = 0.0
+    if NORM == "layer":
+        taken = tl.load(folded + column, mask=held, other=0.0)
+        added = tl.load(folded + N + column, mask=held, other=0.0)
+    if bias is not None:
+        added += tl.load(bias + column, mask=held, other=0.0).to(tl.float32)
+    return taken, added
+
+
+@triton.jit
 def _begin(
     x,
     x_stride,
+    residual,
+    residual_stride,
     num_rows,
+    column,
+    N: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """Where the rows are, to what their values are relative, and sums of nothing: of each row and thread."""
+    """Of each row: where it is, to what its values are relative, the residual, and sums of nothing for each thread."""
     tile = tl.zeros((BLOCK_N, BLOCK_K // LANE), tl.float32)
     line = tl.zeros((BLOCK_K // LANE,), tl.float32)
     sources = ()
     pivots = ()
+    addends = ()
     tiles = ()
     lines = ()
     for row in tl.static_range(ROWS):
-        source = x + tl.minimum(row, num_rows - 1).to(tl.int64) * x_stride  # past the end, the last one again
+        there = tl.minimum(row, num_rows - 1).to(tl.int64)  # past the end, the last one again
+        source = x + there * x_stride
+        addend = 0.0
+        if residual is not None:
+            addend = tl.load(residual + there * residual_stride + column, mask=column < N, other=0.0).to(tl.float32)
         sources = sources + (source,)
         pivots = pivots + (tl.load(source).to(tl.float32) if NORM == "layer" else 0.0,)
+        addends = addends + (addend,)
         tiles = tiles + (tile,)
         lines = lines + (line,)
-    return sources, pivots, (tiles, tiles, lines, lines)
+    return sources, pivots, addends, (tiles, tiles, lines, lines)
 
 
 @triton.jit
@@ -200,14 +223,3 @@ def _values(start, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 def _by_thread(products, LANE: tl.constexpr):
     """Sums of what a thread holds side by side."""
     return tl.sum(tl.reshape(products, (products.shape[0], products.shape[1] // LANE, LANE)), axis=2)
-
-
-@triton.jit
-def _normed(value, mean, rstd, folded, column, held, N: tl.constexpr, NORM: tl.constexpr):
-    """What the product would be, had the norm come first."""
-    if NORM == "layer":
-        value -= mean * tl.load(folded + column, mask=held, other=0.0)
-    value *= rstd
-    if NORM == "layer":
-        value += tl.load(folded + N + column, mask=held, other=0.0)
-    return value

@@ -1,4 +1,4 @@
-"""The kernel of products of up to 64 rows with a 16-bit weight, on tensor cores.
+"""The kernel of products of up to 128 rows with a 16-bit weight, on tensor cores.
 
 The weight is what a tensor core takes 64 rows of, so it stands on the left: few rows of x fill its right side. Where
 tiles of columns are too few for a GPU, the depth is cut into parts; the last program of a tile to be done adds them up,
@@ -46,15 +46,20 @@ def skinny(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
-    # Past the end, the last one again.
-    gate = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
-    rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * x_stride
+    gate = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # past the end, the last one again
+    rows = x + m.to(tl.int64)[:, None] * x_stride
+    inside = (m < num_rows)[:, None]
     value = tl.zeros((BLOCK_N, ROWS), tl.float32)
     other = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    held = n < N
+    of_gate = tl.load(bias + n, mask=held, other=0.0).to(tl.float32) if bias is not None else None
+    of_up = tl.load(bias + N + n, mask=held, other=0.0).to(tl.float32) if bias is not None and GATED else None
     wait_for_earlier(CHAINED)
     begin = tl.program_id(1) * SHARE
     for at in range(begin, tl.minimum(begin + SHARE, K), BLOCK_K):
-        right = _tile(rows, at + k, K, BLOCK_K, WIDE).T
+        right = tl.load(rows + (at + k)[None, :], mask=inside & (at + k < K)[None, :], other=0.0).T
+        if WIDE:
+            right = right.to(tl.float32)
         value = tl.dot(_tile(gate, at + k, K, BLOCK_K, WIDE), right, value)
         if GATED:
             other = tl.dot(_tile(gate + N * K, at + k, K, BLOCK_K, WIDE), right, other)
@@ -74,11 +79,10 @@ def skinny(
         if GATED:
             other = _sum(parts + SPLITS * SIZE, place, SPLITS, SIZE)
 
-    held = n < N
     if bias is not None:
-        value += tl.load(bias + n, mask=held, other=0.0).to(tl.float32)[:, None]
+        value += of_gate[:, None]
         if GATED:
-            other += tl.load(bias + N + n, mask=held, other=0.0).to(tl.float32)[:, None]
+            other += of_up[:, None]
     if ACTIVATION is not None:
         value = activated(value, ACTIVATION)
     if GATED:
@@ -92,7 +96,7 @@ def skinny(
 
 @triton.jit
 def _tile(rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
-    """Rows of the weight or of x, as tensor cores take them."""
+    """Rows of the weight, as tensor cores take them."""
     if K % BLOCK_K == 0:
         tile = tl.load(rows + k[None, :])
     else:

@@ -84,9 +84,9 @@ def linear_cases() -> Iterator[Case]:
 
 def share_norm_cases() -> Iterator[Case]:
     """One row, and several."""
-    for rows in (1, 3):
-        given = make(HALF, (rows, 10, 1001), "layer")
-        yield f"{rows} rows", lambda run, given=given: run(share_norm, given["x"], given["before"])
+    for dtype, rows in product(DTYPES, (1, 3)):
+        given = make(dtype, (rows, 10, 1001), "layer")
+        yield f"{dtype} {rows} rows", lambda run, given=given: run(share_norm, given["x"], given["before"])
 
 
 def activate_cases() -> Iterator[Case]:

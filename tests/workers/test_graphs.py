@@ -12,7 +12,7 @@ import torch
 from headrace.kernels.ops.pair import kernels_on_cpu
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
-from headrace.workers.graphs import StepGraphs
+from headrace.workers.graphs import StaticDecodes, StepGraphs
 from tests.support.engines import assign, generate, run
 from tests.support.kernels import Kernels
 from tests.support.tiny_models import save_model, save_t5
@@ -54,6 +54,20 @@ def test_tokens_are_those_of_the_engine_without(tmp_path, family):
     assert engine.load_gauges()["graph_replays"] >= 3
     # Rows are used again, by sequences with other blocks.
     assert generate(engine, PROMPTS[::-1], max_tokens=5) == expected[::-1]
+
+
+def test_a_step_of_nobody(tmp_path):
+    """So they are captured: all that is computed fills up, and reads no more of its table than there is."""
+    save_model(tmp_path)
+    for kind in load(tmp_path, max_num_seqs=3, max_model_len=8, kv_tokens=8)._runner.static_steps():
+        size = kind.sizes[0]
+        kind.fill((), size)
+        with kernels_on_cpu():
+            computed = kind.compute(size)
+        assert computed.logits.isfinite().all()
+        inputs = kind._inputs[3 * size :][: 3 * 4 + 1]
+        assert isinstance(kind, StaticDecodes) or inputs[5:9].max() <= 8, "a context beyond the table"
+        assert (computed.tokens >= 0).all()
 
 
 def test_as_many_rows_as_tokens_of_a_prompt_step(tmp_path):
