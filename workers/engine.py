@@ -210,19 +210,26 @@ class Engine:
         in place; `told` hears "graphs", if there are any, then "kernels"."""
         assert not self._sequences, "warm up before taking streams on"
         counters = (self._generated_tokens, self._prompt_tokens, dataclasses.replace(self._scheduler.stats))
-        if self.config.cuda_graphs and self._runner.on_gpu:
-            told("graphs")
+        on_gpu = self._runner.on_gpu
+        has_graphs = self.config.cuda_graphs and on_gpu
+        told("graphs" if has_graphs else "kernels")
+        self._compute_examples(everything=False)
+        if has_graphs:
             self._runner.capture()
-        told("kernels")  # as they will be used: by graphs where there are any, which takes a fraction of the time
-        sources, everything = self._start_token is not None, self._runner.on_gpu
+            told("kernels")
+        if on_gpu:  # by graphs where there are any, as they will be used: that takes a fraction of the time
+            self._compute_examples(everything=True)
+        self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
+        self._runner.forget_replays()
+        self._compiled = compilations()
+
+    def _compute_examples(self, *, everything: bool) -> None:
+        sources = self._start_token is not None
         for streams in examples(self.card, self.config, sources=sources, everything=everything):
             for assignment in streams:
                 self.add(assignment, 0.0)
             while self.has_work:
                 self.step(0.0)
-        self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
-        self._runner.forget_replays()
-        self._compiled = compilations()
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""
