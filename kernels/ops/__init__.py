@@ -4,9 +4,9 @@
     x_triton.py    its kernel, imported when the first tensor of a GPU comes
     pair.py        joins the two and picks by device, which nothing else does
 
-`attend_triton.py` is the kernel of both attentions, `edges_triton.py` what filters keep in `sampling`, `math_triton.py`
-what kernels share. `linear` leaves a GPU to cuBLAS, and of `sampling` only the choice has a kernel; the rest of both
-runs anywhere.
+`attend_triton.py` is the kernel of both attentions, `edges_triton.py` and `draw_triton.py` are parts of sampling's, and
+`math_triton.py` is what kernels share. `linear` leaves a GPU to cuBLAS, and of `sampling` only the choice has a kernel;
+the rest of both runs anywhere.
 
 A kernel computes in float32 and rounds at the edge, takes any shape, and reads nothing that is masked: what is not a
 number stays where it is. Tile sizes are fixed in a table at the top of each file, with the reason; nothing is tuned at
