@@ -54,7 +54,7 @@ def startup(session: Session, source: Source, *, starts: int) -> None:
                     dtype=model["dtype"],
                     case={},
                     figures={OURS: figure},
-                    **session.report.known(name, source.name, model["dtype"]),
+                    **session.report.known(name, source.shape, model["dtype"]),
                 )
             )
 
