@@ -56,12 +56,13 @@ def plot_report(facts: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> 
             continue
         kind = group[0].measure.partition(" ")[0]
         draw = {"startup": _phases, "serve": _served}.get(kind, _bars)
-        figure = Figure(figsize=(9, 1.6 + 0.34 * _height(group, kind)), layout="constrained")
+        figure = Figure(figsize=(9, 1.8 + 0.25 * _height(group, kind)), layout="constrained")
         axes = figure.subplots()
         draw(axes, group)
         axes.set_title(f"{title}\n{facts.get('device', '')}, {facts.get('date', '')}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.margins(y=0.01)
+        figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
         path = folder / f"{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.png"
         figure.savefig(path, dpi=150)
         paths.append(path)

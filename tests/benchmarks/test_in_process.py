@@ -92,7 +92,7 @@ def test_a_model_that_is_not_covered(tmp_path):
     """The process that looked at it cannot; the person gets the error as `headrace up` gives it."""
     save_model(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["MambaForCausalLM"]}))
     result = CliRunner().invoke(cli, ["bench", "decode", "--shape", str(tmp_path)])
 
     assert result.exit_code == 2, result.output
