@@ -53,7 +53,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["headrace", "headrace.*"]),
-    package_data={"headrace": ["py.typed"], "headrace.gateway": ["static/*", "static/**/*"]},
+    package_data={
+        "headrace": ["py.typed"],
+        "headrace.gateway": ["static/*", "static/**/*"],
+        "headrace.kernels": ["tuned/*.json"],
+    },
     install_requires=CLIENT,
     extras_require={"serve": SERVE, "bench": SERVE + BENCH, "test": TEST, "all": SERVE + TEST},
     entry_points={"console_scripts": ["headrace = headrace.scripts.main:main"]},

@@ -30,7 +30,7 @@ class Batch:
         num_decodes: sequences with a single token.
         query_lens: tokens of each sequence, known to the host.
         context_lens_host: `context_lens` as numbers.
-        logits_rows: [N] int64, the tokens whose logits are wanted.
+        logits_rows: [N] int64, the tokens whose logits are wanted; None means each token, in order.
         block_size: tokens of one block.
         cross: for a decoder with cross attention, where the keys and values of each sequence's source are: a batch
             with the same queries and other contexts.
@@ -46,7 +46,7 @@ class Batch:
     num_decodes: int
     query_lens: tuple[int, ...]
     context_lens_host: tuple[int, ...]
-    logits_rows: Tensor
+    logits_rows: Tensor | None
     block_size: int
     cross: Batch | None = None
     token_types: Tensor | None = None

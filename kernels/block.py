@@ -1,42 +1,25 @@
 """The one block, driven by a LayerSpec: norms, attention over the cache, feed-forward.
 
-Between blocks travel two tensors, the last addend and the residual it belongs to, so that the addition can be done by
-the norm that reads the sum; after a norm that ends a block there is no residual.
+Between blocks travels one tensor. Norms are done by the product that reads them, additions by the product that makes
+the addend (`headrace.kernels.ops.linear`).
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.linear import Linear
 from headrace.kernels.mlp import make_mlp
+from headrace.kernels.norm import Norm
 from headrace.kernels.ops.attention import paged_attention
 from headrace.kernels.ops.full_attention import full_attention
-from headrace.kernels.ops.norm import add_norm
-from headrace.kernels.ops.rotary import rotate_and_cache
+from headrace.kernels.ops.linear import share_norm
+from headrace.kernels.ops.norm import NormWeights
+from headrace.kernels.ops.self_attention import rotate_and_attend
 from headrace.kernels.spec import AttentionSpec, LayerSpec, NormSpec
 
-__all__ = ["Block", "CrossAttention", "Norm"]
-
-
-class Norm(nn.Module):
-    """A normalization that also adds the residual."""
-
-    def __init__(self, spec: NormSpec, size: int) -> None:
-        super().__init__()
-        self.spec = spec
-        self.weight = nn.Parameter(torch.empty(size)) if spec.affine else None
-        self.bias = nn.Parameter(torch.empty(size)) if spec.affine and spec.kind == "layer" else None
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The normalized sum and the sum."""
-        return add_norm(x, residual, self.weight, self.bias, self.spec)
-
-    def extra_repr(self) -> str:
-        """For `print(model)`."""
-        return f"{self.spec.kind}, eps={self.spec.eps}"
+__all__ = ["Block", "CrossAttention"]
 
 
 class CrossAttention(nn.Module):
@@ -50,13 +33,13 @@ class CrossAttention(nn.Module):
         self.key_value = Linear(hidden_size, 2 * spec.num_kv_heads * spec.head_dim, bias=spec.qkv_bias)
         self.out = Linear(spec.num_heads * spec.head_dim, hidden_size, bias=spec.out_bias)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The addend [T, hidden] and its residual."""
+    def forward(self, x: Tensor, batch: Batch, cache: tuple[Tensor, Tensor]) -> Tensor:
+        """x [T, hidden] with what it attends to added; x itself is lost."""
         assert batch.cross is not None, "the batch does not say where the sources are"
         keys, values = cache
-        normed, residual = self.norm(x, residual)
-        q_thd = self.query(normed).view(len(x), self.spec.num_heads, self.spec.head_dim)
-        return self.out(paged_attention(q_thd, keys, values, batch.cross, self.spec)), residual
+        q_thd = self.query(x, before=self.norm.weights).view(len(x), self.spec.num_heads, self.spec.head_dim)
+        out: Tensor = self.out(paged_attention(q_thd, keys, values, batch.cross, self.spec), residual=x)
+        return out
 
     def remember(self, states: Tensor, slots: Tensor, cache: tuple[Tensor, Tensor]) -> None:
         """Put keys and values of encoder states [T, hidden] into their slots [T]."""
@@ -87,51 +70,66 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        residual: Tensor | None,
         batch: Batch,
         *,
         cache: tuple[Tensor, Tensor] | None,
         cos_sin: Tensor | None = None,
         table: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The addend [T, hidden] and the residual that the next block takes.
+    ) -> Tensor:
+        """What the next block takes, [T, hidden]; x itself is lost.
 
         Args:
-            x: what the last block left to be added, [T, hidden].
-            residual: to what it is to be added; None after a norm that ended the block.
+            x: what the last block left, [T, hidden].
             batch: of the step.
             cache: keys and values of this layer; None for texts that are whole (encoders).
             cos_sin: [T, 2, pairs], if the positions are rotary.
             table: [buckets, heads], if a relative bias is added.
         """
-        if self.spec.placement == "post":
-            x, _ = self.attention_norm(self._attend(x, batch, cache, cos_sin, table), x)
-            assert self.mlp_norm is not None
-            x, _ = self.mlp_norm(self.mlp(x), x)
-            return x, None
-        normed, residual = self.attention_norm(x, residual)
-        attended = self._attend(normed, batch, cache, cos_sin, table)
+        around = (batch, cache, cos_sin, table)
         if self.spec.placement == "parallel":
-            if self.mlp_norm is not None:
-                normed, _ = self.mlp_norm(residual)
-            return attended + self.mlp(normed), residual
-        if self.spec.residual_from_norm:
-            residual = normed
+            return self._parallel(x, *around)
+        assert self.mlp_norm is not None
+        x, before = self._entered(x, self.attention_norm)
+        attended = self._attended(x, before, *around)
         if self.after_attention is not None:
-            attended, _ = self.after_attention(attended)
+            x = self.after_attention(self.out(attended), residual=x)
+        else:
+            x = self.out(attended, residual=x)
+        x = self._left(x, self.attention_norm)
         if self.cross is not None:
             assert cache is not None
-            attended, residual = self.cross(attended, residual, batch, cache)
-        assert self.mlp_norm is not None
-        normed, residual = self.mlp_norm(attended, residual)
-        if self.spec.residual_from_norm:
-            residual = normed
-        out = self.mlp(normed)
+            x = self.cross(x, batch, cache)
+        x, before = self._entered(x, self.mlp_norm)
         if self.after_mlp is not None:
-            out, _ = self.after_mlp(out)
-        return out, residual
+            x = self.after_mlp(self.mlp(x, before), residual=x)
+        else:
+            x = self.mlp(x, before, residual=x)
+        return self._left(x, self.mlp_norm)
 
-    def _attend(
+    def fold(self) -> None:
+        """Let norms be part of the products that read them, once all weights are there."""
+        if self.spec.placement != "post" and not self.spec.residual_from_norm:
+            self.qkv.fold(self.attention_norm)
+            self.mlp.fold(self.mlp_norm or self.attention_norm)
+        if self.cross is not None:
+            self.cross.query.fold(self.cross.norm)
+
+    def _entered(self, x: Tensor, norm: Norm) -> tuple[Tensor, NormWeights | None]:
+        """What attention or feed-forward reads and carries on, and the norm that is left to be done when it is read."""
+        if self.spec.placement == "post":
+            return x, None
+        if self.spec.residual_from_norm:
+            return norm(x), None
+        return x, norm.weights
+
+    def _left(self, x: Tensor, norm: Norm) -> Tensor:
+        """What is behind attention or feed-forward."""
+        if self.spec.placement != "post":
+            return x
+        normed: Tensor = norm(x)
+        return normed
+
+    def _parallel(
         self,
         x: Tensor,
         batch: Batch,
@@ -139,23 +137,39 @@ class Block(nn.Module):
         cos_sin: Tensor | None,
         table: Tensor | None,
     ) -> Tensor:
+        first, second = self.attention_norm.weights, None if self.mlp_norm is None else self.mlp_norm.weights
+        read, before = (x, first) if second is not None else share_norm(x, first)
+        attended = self._attended(read, before, batch, cache, cos_sin, table)
+        # Attention has read x by now, so the sum may take its place.
+        x = self.mlp(read, second or before, residual=x)
+        out: Tensor = self.out(attended, residual=x)
+        return out
+
+    def _attended(
+        self,
+        x: Tensor,
+        before: NormWeights | None,
+        batch: Batch,
+        cache: tuple[Tensor, Tensor] | None,
+        cos_sin: Tensor | None,
+        table: Tensor | None,
+    ) -> Tensor:
+        """What attention says, [T, heads * head dim], to the normalized x."""
         spec, rotary = self.spec.attention, self.spec.rotary
-        out: Tensor
+        qkv = self.qkv(x, before=before)
         if not spec.causal:
-            out = self.out(full_attention(self.qkv(x), batch, spec, table))
-            return out
+            return full_attention(qkv, batch, spec, table)
         assert cache is not None, "causal attention reads what came before"
         keys, values = cache
-        q_thd = rotate_and_cache(
-            self.qkv(x),
-            batch.slots,
+        return rotate_and_attend(
+            qkv,
+            batch,
             keys,
             values,
             spec,
+            table,
             cos_sin=cos_sin,
             interleaved=rotary is not None and rotary.interleaved,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
         )
-        out = self.out(paged_attention(q_thd, keys, values, batch, spec, table))
-        return out

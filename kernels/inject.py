@@ -85,10 +85,7 @@ class Filler:
         found: dict[str, Tensor] = {}
         stacked = parameter.flatten(0, -2) if parameter.ndim > 2 else parameter  # experts are stacked like rows
         start = 0
-        for wanted in source.tensors:
-            name = self.find(wanted.removesuffix("?"), required=not wanted.endswith("?"))
-            if name is None:
-                continue
+        for name in self.tensors_of(parameter_name):
             tensor = found[name] = self._read(name)
             rows = tensor if source.layout is None else self._arranged(name, tensor, source.layout, parameter)
             stop = start + (len(rows) if rows.ndim else len(stacked) + 1)
@@ -96,10 +93,22 @@ class Filler:
                 raise self._wrong_shape({name: tensor}, parameter, source.layout, list(rows.shape))
             stacked[start:stop].copy_(rows)
             start = stop
-        if not found:
-            raise self._lacks(" or ".join(source.tensors))
         if start != len(stacked):
             raise self._wrong_shape(found, parameter, source.layout, f"{start} rows")
+
+    def tensors_of(self, parameter_name: str) -> list[str]:
+        """Names of the tensors that `fill` reads for a parameter, in its order.
+
+        Raises:
+            ModelFilesError: one is missing, or the policy names none.
+        """
+        source = self._source(parameter_name)
+        wanted = [(name.removesuffix("?"), not name.endswith("?")) for name in source.tensors]
+        found = [self.find(name, required=required) for name, required in wanted]
+        names = [name for name in found if name is not None]
+        if not names:
+            raise self._lacks(" or ".join(source.tensors))
+        return names
 
     def find(self, wanted: str, *, required: bool = True) -> str | None:
         """The name by which the weights have a tensor; None if they have none and it is not required.

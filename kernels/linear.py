@@ -5,28 +5,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headrace.kernels.ops.linear import linear, pack_weight
+from headrace.kernels.norm import Norm
+from headrace.kernels.ops.linear import fold_norm, linear, pack_weight
+from headrace.kernels.ops.norm import NormWeights
+from headrace.kernels.spec import Activation
 
 __all__ = ["Linear"]
 
 
 class Linear(nn.Module):
-    """x times weight [out, in], plus bias."""
+    """x times weight [out, in], plus bias; with what comes before and after in the same pass, where there is a kernel.
+
+    A gated one has two halves of rows: gate and up projection.
+    """
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_size, in_size))
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
+        self._folded: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product [T, out] of x [T, in]."""
-        return linear(x, self.weight, self.bias)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        before: NormWeights | None = None,
+        activation: Activation | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The product [T, out] of x [T, in], see `headrace.kernels.ops.linear.linear`. The residual is lost."""
+        return linear(
+            x,
+            self.weight,
+            self.bias,
+            before=before,
+            folded=None if before is None else self._folded,
+            activation=activation,
+            gated=gated,
+            residual=residual,
+        )
 
     def pack(self) -> None:
         """Bring the weight into the layout that its device multiplies fastest; nothing can be read from it then."""
         packed = pack_weight(self.weight)
         if packed is not self.weight:
             self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def fold(self, norm: Norm) -> None:
+        """Let the only norm that ever comes before be part of the product, if that takes knowing the weight."""
+        if self.weight.is_cuda:
+            self._folded = fold_norm(self.weight, norm.weights)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from headrace.kernels.linear import Linear
-from headrace.kernels.ops.activation import activate
+from headrace.kernels.norm import Norm
 from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.linear import pack_weight
+from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.spec import MLPSpec
 
 __all__ = ["MLP", "Experts", "make_mlp"]
 
 
-def make_mlp(spec: MLPSpec, hidden_size: int) -> nn.Module:
+def make_mlp(spec: MLPSpec, hidden_size: int) -> MLP | Experts:
     """The feed-forward part of a block."""
     return MLP(spec, hidden_size) if spec.experts is None else Experts(spec, hidden_size)
 
@@ -28,10 +29,15 @@ class MLP(nn.Module):
         self.up = Linear(hidden_size, spec.size * (2 if spec.gated else 1), bias=spec.bias)
         self.down = Linear(spec.size, hidden_size, bias=spec.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden] to [T, hidden]."""
-        out: Tensor = self.down(activate(self.up(x), self.spec.activation, gated=self.spec.gated))
+    def forward(self, x: Tensor, before: NormWeights | None = None, residual: Tensor | None = None) -> Tensor:
+        """[T, hidden] to [T, hidden], a norm before and an addition after it; the residual is lost, and may be x."""
+        inner = self.up(x, before=before, activation=self.spec.activation, gated=self.spec.gated)
+        out: Tensor = self.down(inner, residual=residual)
         return out
+
+    def fold(self, norm: Norm) -> None:
+        """Let the only norm that ever comes before be part of the product."""
+        self.up.fold(norm)
 
 
 class Experts(nn.Module):
@@ -51,11 +57,20 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(count, rows, hidden_size))
         self.down = nn.Parameter(torch.empty(count, hidden_size, spec.size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden] to [T, hidden]: the chosen experts' answers, weighted by what the router thinks of them."""
+    def forward(self, x: Tensor, before: NormWeights | None = None, residual: Tensor | None = None) -> Tensor:
+        """[T, hidden] to [T, hidden]: the chosen experts' answers, weighted by what the router thinks of them.
+
+        Before comes a norm, after it an addition.
+        """
+        if before is not None:
+            x = norm(x, *before)
         probabilities = self.router(x).float().softmax(-1)
         weights, chosen = probabilities.topk(self.per_token, dim=-1)
-        return experts(x, chosen, weights / weights.sum(-1, keepdim=True), self.up, self.down, self.spec)
+        out = experts(x, chosen, weights / weights.sum(-1, keepdim=True), self.up, self.down, self.spec)
+        return out if residual is None else out.add_(residual)
+
+    def fold(self, norm: Norm) -> None:
+        """Nothing: router and experts read the same norm, so it is computed once."""
 
     def pack(self) -> None:
         """Bring each expert's weights into the layout that their device multiplies fastest."""

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from headrace.kernels.batch import Batch
-from headrace.kernels.block import Block, Norm
+from headrace.kernels.block import Block
 from headrace.kernels.kv import KVCache
 from headrace.kernels.linear import Linear
 from headrace.kernels.mlp import Experts
-from headrace.kernels.ops.activation import activate
+from headrace.kernels.norm import Norm
 from headrace.kernels.ops.rotary import rotary_table
 from headrace.kernels.spec import EncoderSpec, LayerSpec, ModelSpec, RotarySpec
 
@@ -29,13 +29,12 @@ class Encoder(nn.Module):
         self.final_norm = Norm(spec.final_norm, hidden_size)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """States [T, hidden] of embedded tokens [T, hidden]."""
-        residual: Tensor | None = None
+        """States [T, hidden] of embedded tokens [T, hidden], which are lost."""
         table = None if self.relative is None else self.relative.weight
         for block in self.blocks:
-            x, residual = block(x, residual, batch, cache=None, table=table)
-        x, _ = self.final_norm(x, residual)
-        return x
+            x = block(x, batch, cache=None, table=table)
+        states: Tensor = self.final_norm(x)
+        return states
 
 
 def _relative_table(layers: tuple[LayerSpec, ...]) -> nn.Embedding | None:
@@ -95,23 +94,17 @@ class Model(nn.Module):
     def hidden(self, batch: Batch, cache: KVCache | None, rows: Tensor | None = None) -> Tensor:
         """The last hidden states [N, hidden] of the tokens `rows`, by default of all."""
         x = self._embed(batch)
-        residual: Tensor | None = None
         for index, block in enumerate(self.blocks):
-            x, residual = block(
+            x = block(
                 x,
-                residual,
                 batch,
                 cache=None if cache is None else cache.layer(index),
                 cos_sin=self._cos_sin(self.spec.layers[index].rotary, batch),
                 table=None if self.relative is None else self.relative.weight,
             )
-        if rows is not None and len(rows) < len(x):
-            x, residual = x[rows], None if residual is None else residual[rows]
-        if self.final_norm is not None:
-            x, _ = self.final_norm(x, residual)
-        elif residual is not None:
-            x = residual + x
-        return x
+        if rows is not None:
+            x = x[rows]
+        return x if self.final_norm is None else self.final_norm(x)
 
     def encode(self, batch: Batch, cache: KVCache) -> None:
         """Read sources with the encoder, and put what the decoder's layers see of them into the batch's slots."""
@@ -140,7 +133,7 @@ class Model(nn.Module):
         if spec.transform is not None:
             assert self.head_dense is not None
             assert self.head_norm is not None
-            x, _ = self.head_norm(activate(self.head_dense(x), spec.transform.activation, gated=False))
+            x = self.head_norm(self.head_dense(x, activation=spec.transform.activation))
         if self.embedding_out is not None:
             x = self.embedding_out(x)
         logits: Tensor = self.head(x)
@@ -161,6 +154,8 @@ class Model(nn.Module):
         for module in list(self.modules()):
             if isinstance(module, Linear | Experts):
                 module.pack()
+            elif isinstance(module, Block):
+                module.fold()
 
     def reserve_positions(self, count: int) -> None:
         """Make the tables of rotary positions for contexts of so many tokens; at most for those it was made for.
@@ -193,7 +188,7 @@ class Model(nn.Module):
             types = torch.zeros_like(batch.token_ids) if batch.token_types is None else batch.token_types
             x = x + self.token_types(types)
         if self.embedding_norm is not None:
-            x, _ = self.embedding_norm(x)
+            x = self.embedding_norm(x)
         return x
 
     def _cos_sin(self, rotary: RotarySpec | None, batch: Batch) -> Tensor | None:

@@ -6,6 +6,7 @@ from headrace.errors import InternalError
 from headrace.scripts.phases import Phases
 from headrace.scripts.terminal import Terminal
 from headrace.workers.group import GroupEvent
+from headrace.workers.start_report import StartReport
 
 __all__ = ["Groups"]
 
@@ -22,10 +23,12 @@ class Groups:
 
     Attributes:
         ready: names of those that serve.
+        slowest: how the group that took longest was started; None before.
     """
 
     def __init__(self, names: tuple[str, ...], terminal: Terminal, phases: Phases) -> None:
         self.ready: set[str] = set()
+        self.slowest: StartReport | None = None
         self._names = names
         self._terminal = terminal
         self._phases = phases
@@ -49,6 +52,8 @@ class Groups:
                 self._loads[event.group] = (event.done, event.total)
             case "ready":
                 self.ready.add(event.group)
+                if event.start is not None and (self.slowest is None or event.start.seconds > self.slowest.seconds):
+                    self.slowest = event.start
             case "lost" | "failed" | "stopped":
                 self.ready.discard(event.group)
         if event.kind == "failed" and not (self._served and self.ready):
@@ -62,7 +67,8 @@ class Groups:
     def _tell(self, event: GroupEvent) -> None:
         """While it serves, only what changes is worth a line."""
         if event.kind in ("ready", "lost", "failed"):
-            self._terminal.note(f"{event.group}: {event.text}")
+            took = "" if event.start is None else f", after {event.start.seconds:.1f} s"
+            self._terminal.note(f"{event.group}: {event.text}{took}")
 
     def _start(self, event: GroupEvent) -> None:
         match event.kind:

@@ -32,6 +32,7 @@ from headrace.scripts.parts import run_broker, run_fetch, run_gateway
 from headrace.scripts.phases import Phases
 from headrace.scripts.service import Service
 from headrace.scripts.signals import catch_signals
+from headrace.scripts.start_table import start_table
 from headrace.scripts.terminal import Terminal
 from headrace.workers.group import ENGINE, GroupEvent, GroupSpec
 
@@ -244,6 +245,9 @@ class Pool:
         self._launching.start()
         self._until(lambda: self._groups.all_ready)
         self._phases.end()
+        if self._groups.slowest is not None:
+            for line in start_table(self._groups.slowest):
+                self._terminal.note(self._terminal.paint(line, "dim"))
 
     def _launch(self, launcher: Launcher) -> None:
         try:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
-__all__ = ["ProgressLine"]
+__all__ = ["ProgressLine", "size"]
 
 _REDRAW = 0.1  # seconds between two pictures on a terminal
 _REPEAT = 5.0  # seconds between two lines elsewhere
@@ -111,26 +111,26 @@ class ProgressLine:
         if current.total is not None:
             facts += self._measure(current, current.total, seconds)
         elif current.done:
-            facts.append(_size(current.done))
+            facts.append(size(current.done))
         if (current.total is None or current.complete) and seconds >= 1:
             facts.append(f"{_duration(seconds)}")
         return self._indent + "  ".join(facts)
 
     def _measure(self, current: _Phase, total: int, seconds: float) -> list[str]:
         if current.complete:
-            return [_size(total)]
+            return [size(total)]
         share = max(current.done, 0) / total
-        facts = [f"{share:4.0%}", f"{_size(current.done, like=total)} of {_size(total)}"]
+        facts = [f"{share:4.0%}", f"{size(current.done, like=total)} of {size(total)}"]
         if self._redraws:
             filled = int(share * _BAR)
             facts.insert(0, f"[{'#' * filled}{'.' * (_BAR - filled)}]")
         if seconds >= 1 and current.done > current.first:
             rate = (current.done - current.first) / seconds
-            facts += [f"{_size(rate)}/s", f"{_duration((total - current.done) / rate)} left"]
+            facts += [f"{size(rate)}/s", f"{_duration((total - current.done) / rate)} left"]
         return facts
 
 
-def _size(count: float, *, like: float | None = None) -> str:
+def size(count: float, *, like: float | None = None) -> str:
     """Bytes for people; with `like` the bare number, in the unit that one is shown in."""
     divisor, unit = next((found for found in _UNITS if (count if like is None else like) >= found[0]), _UNITS[-1])
     digits = 1 if unit == "GB" else 0

@@ -121,6 +121,12 @@ _ENGINE = (
         is_flag=True,
         help="Capture no CUDA graphs: ready a little sooner, each step slower. A CPU has none anyway.",
     ),
+    option(
+        "--async-scheduling/--no-async-scheduling",
+        heading="Workers",
+        default=None,
+        help="Launch each step before the tokens of the last one are read. Default: on a GPU.",
+    ),
     # For tests and for engines of one's own; says `module:function`, called as load_engine is.
     option("--engine", heading="Workers", default="headrace.workers.engines:load_engine", hidden=True),
     option(
@@ -144,7 +150,15 @@ _ENGINE = (
         heading="Limits",
         metavar="TOKENS",
         type=_COUNT,
-        help="Tokens that the KV cache of one group holds. Default: as many as fit a part of the free memory.",
+        help="Tokens that the KV cache of one group holds. Default: what fits; on a CPU, a part of the free memory.",
+    ),
+    option(
+        "--gpu-memory-utilization",
+        heading="Limits",
+        metavar="SHARE",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.9,
+        help="Share of the GPU's memory that one group may hold; what weights and steps leave is KV cache.",
     ),
     option(
         "--enable-prefix-caching/--no-enable-prefix-caching",
@@ -224,7 +238,9 @@ def engine_config(values: dict[str, Any]) -> EngineConfig:
         max_num_seqs=values["max_num_seqs"],
         max_batch_tokens=values["max_num_batched_tokens"],
         kv_tokens=values["kv_tokens"],
+        gpu_memory_utilization=values["gpu_memory_utilization"],
         prefix_cache=values["prefix_cache"],
+        async_scheduling=values["async_scheduling"],
         cuda_graphs=not values["enforce_eager"],
         dtype=values["dtype"],
         device=values["device"],

@@ -14,19 +14,28 @@ import numpy as np
 import torch
 
 from headrace.kernels.batch import Batch
+from headrace.kernels.ops.placement import EXPECTED
 from headrace.workers.device import upload
 from headrace.workers.scheduler import Chunk
 from headrace.workers.sequence import Sequence
 
-__all__ = ["BatchBuilder", "BlockNews", "whole_texts"]
+__all__ = ["BatchBuilder", "BlockNews", "chunk_tokens", "next_input", "whole_texts", "with_expected"]
 
 
 class BatchBuilder:
-    """The block tables of all rows, and `build`."""
+    """The block tables of all rows, and `build`.
 
-    def __init__(self, *, num_rows: int, max_blocks: int, block_size: int, device: torch.device | str = "cpu") -> None:
+    Args:
+        num_rows: most sequences that run at once.
+        max_blocks: most blocks of one sequence.
+        block_size: tokens of a block.
+        last_tokens: [rows + 1] int64, on the model's device: what stands for tokens that sequences still expect.
+    """
+
+    def __init__(self, *, num_rows: int, max_blocks: int, block_size: int, last_tokens: torch.Tensor) -> None:
         self._block_size = block_size
-        self._device = torch.device(device)
+        self._last_tokens = last_tokens
+        self._device = last_tokens.device
         self._tables = _Tables(num_rows, max_blocks)
         self._source_tables = _Tables(num_rows, max_blocks)
 
@@ -43,18 +52,16 @@ class BatchBuilder:
 
         rows = np.array([chunk.sequence.row for chunk in chunks])
         token_ids = np.empty(starts[-1], dtype=np.int64)
-        token_ids[:num_decodes] = [sequence.tokens[sequence.num_computed] for sequence, _ in chunks[:num_decodes]]
-        for (sequence, count), start in zip(chunks[num_decodes:], starts[num_decodes:], strict=False):
-            tokens = np.frombuffer(sequence.tokens, np.uint32, count, sequence.num_computed * sequence.tokens.itemsize)
-            token_ids[start : start + count] = tokens
+        chunk_tokens(chunks, token_ids)
         if num_decodes == len(chunks):
             positions, row_of = np.array(computed), rows
         else:
             shift = np.array(computed) - np.array(starts[:-1])
             positions, row_of = np.arange(starts[-1]) + np.repeat(shift, lens), np.repeat(rows, lens)
         logits_rows = [start - 1 for chunk, start in zip(chunks, starts[1:], strict=True) if chunk.samples]
+        all_sample = len(logits_rows) == starts[-1]
         batch = Batch(
-            token_ids=self._tensor(token_ids),
+            token_ids=self._token_ids(token_ids, rows[:num_decodes]),
             positions=self._tensor(positions),
             slots=self._tensor(self._slots(self._tables, row_of, positions)),
             query_starts=self._tensor(np.array(starts, dtype=np.int32)),
@@ -63,7 +70,7 @@ class BatchBuilder:
             num_decodes=num_decodes,
             query_lens=tuple(lens),
             context_lens_host=contexts,
-            logits_rows=self._tensor(np.array(logits_rows, dtype=np.int64)),
+            logits_rows=None if all_sample else self._tensor(np.array(logits_rows, dtype=np.int64)),
             block_size=self._block_size,
         )
         if not chunks[0].sequence.source:
@@ -93,6 +100,13 @@ class BatchBuilder:
             block_size=self._block_size,
         )
 
+    def _token_ids(self, token_ids: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """On the device, where those of the decodes, which come first, may be EXPECTED."""
+        ids = self._tensor(token_ids)
+        if (token_ids[: len(rows)] == EXPECTED).any():
+            ids[: len(rows)] = with_expected(ids[: len(rows)], self._last_tokens, self._tensor(rows))
+        return ids
+
     def _slots(self, tables: _Tables, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         blocks: np.ndarray = tables.blocks[rows, positions // self._block_size].astype(np.int64)
         blocks *= self._block_size
@@ -104,6 +118,28 @@ class BatchBuilder:
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return upload(values, self._device)
+
+
+def next_input(sequence: Sequence) -> int:
+    """The token that a decode computes, or EXPECTED if only the device knows it."""
+    return EXPECTED if sequence.num_expected else sequence.tokens[sequence.num_computed]
+
+
+def chunk_tokens(chunks: Items[Chunk], into: np.ndarray) -> None:
+    """Write the tokens that a step computes side by side; of decodes, which come first, they may be EXPECTED."""
+    start = 0
+    for sequence, count in chunks:
+        if count == 1:
+            into[start] = next_input(sequence)
+        else:
+            first = sequence.num_computed * sequence.tokens.itemsize
+            into[start : start + count] = np.frombuffer(sequence.tokens, np.uint32, count, first)
+        start += count
+
+
+def with_expected(token_ids: torch.Tensor, last_tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Token ids [n] of decodes in `rows` [n], the expected ones filled in."""
+    return torch.where(token_ids == EXPECTED, last_tokens.index_select(0, rows), token_ids)
 
 
 class _Tables:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,46 @@ from headrace.kernels.module_weights import quantization_of
 from headrace.kernels.policies import find_policy
 from headrace.kernels.policies.base import Policy
 
-__all__ = ["DTYPES", "Checkpoint"]
+__all__ = ["DTYPES", "Checkpoint", "Place"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# As safetensors writes them. What is not here is packed in some way, and is told apart by its bytes alone.
+_STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLED = ("*.bin", "*.ckpt", "*.pkl", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor is.
+
+    Attributes:
+        path: its file.
+        start: its first byte there.
+        num_bytes: how many it has.
+        dtype: of its values; uint8 if that is none of torch's.
+        shape: row by row.
+    """
+
+    path: Path
+    start: int
+    num_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class Checkpoint:
@@ -104,12 +138,18 @@ class Checkpoint:
         return own if own in DTYPES.values() else torch.float32
 
     @functools.cached_property
-    def tensors(self) -> dict[str, Path]:
-        """The file of each tensor; opening them all also finds damaged ones before anything is loaded."""
-        found: dict[str, Path] = {}
+    def tensors(self) -> dict[str, Place]:
+        """The place of each tensor; reading all headers also finds damaged files before anything is loaded."""
+        found: dict[str, Place] = {}
         for path in self.files:
-            with self.open(path) as file:
-                found.update(dict.fromkeys(file.keys(), path))
+            with self.open(path), path.open("rb") as file:  # which checks that the header is right
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                first, end = entry["data_offsets"]
+                dtype = _STORED.get(entry["dtype"], torch.uint8)
+                found[name] = Place(path, 8 + length + first, end - first, dtype, tuple(entry["shape"]))
         return found
 
     @staticmethod

@@ -21,9 +21,11 @@ class EngineConfig:
         max_num_seqs: most sequences that run at once.
         max_batch_tokens: token budget of one step; small keeps streams even, large reads prompts faster.
         block_size: tokens of one KV block.
-        kv_tokens: tokens the KV cache holds; None sizes it from the free memory.
+        kv_tokens: tokens the KV cache holds; None sizes it from the memory.
+        gpu_memory_utilization: share of a GPU's memory that the engine may hold.
         prefix_cache: whether sequences share the KV of equal beginnings.
         dtype: of weights and KV; "auto" takes the checkpoint's.
+        async_scheduling: whether a step is launched before the tokens of the last one are read; None does so on a GPU.
         cuda_graphs: whether decode steps on a GPU are captured once and replayed; a CPU has none.
         device: cpu, cuda or cuda:N; "auto" takes the first GPU if there is one.
 
@@ -36,7 +38,9 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     block_size: int = 16
     kv_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
     prefix_cache: bool = True
+    async_scheduling: bool | None = None
     cuda_graphs: bool = True
     dtype: str = "auto"
     device: str = "auto"
@@ -48,6 +52,12 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1.", param=name)
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {share!r}; give a share of the GPU's memory, more than 0 and at most 1.",
+                param="gpu_memory_utilization",
+            )
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device is {self.device!r}; give auto, cpu, cuda or cuda:N.", param="device")
         if self.kv_tokens is not None and self.kv_tokens < self.block_size:

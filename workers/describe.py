@@ -141,16 +141,9 @@ def _fingerprint(checkpoint: Checkpoint, blobs: dict[str, bytes], dtype: str, st
 
 
 def _num_parameters(checkpoint: Checkpoint, *, tied: bool) -> int:
-    count = 0
-    for path in checkpoint.files:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(
-            math.prod(tensor["shape"])
-            for name, tensor in header.items()
-            if name != "__metadata__" and not (tied and name == "lm_head.weight")
-        )
-    return count
+    return sum(
+        math.prod(place.shape) for name, place in checkpoint.tensors.items() if not (tied and name == "lm_head.weight")
+    )
 
 
 def _end_ids(checkpoint: Checkpoint, generation: dict[str, Any]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Where an engine computes: a setting made into a device of this machine, and numbers brought there."""
+"""Where an engine computes: a setting made into a device of this machine, and numbers brought there and back."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from headrace.errors import ConfigError
+from headrace.workers.memory import GpuMemory
 
-__all__ = ["pick_device", "upload"]
+__all__ = ["Download", "gpu_memory", "pick_device", "upload"]
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -35,9 +36,41 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def gpu_memory(device: torch.device, utilization: float) -> GpuMemory:
+    """A GPU's memory, with all that is in use as held; what torch keeps for later is not in use."""
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return GpuMemory(total=total, held=total - free - kept, utilization=utilization)
+
+
 def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     """Numbers on a device: those of a CPU share the array's memory, to a GPU they are copied without waiting."""
     tensor = torch.from_numpy(values)
     if device.type != "cuda" or not tensor.numel():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # whose memory is kept until it was copied
+
+
+class Download:
+    """Tensors on their way from a device to the host, behind what the device was given to do so far.
+
+    Those of a CPU are there already.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if not tensors[0].is_cuda:
+            self._tensors = tensors
+            return
+        self._tensors = tuple(
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            for tensor in tensors
+        )
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tensors, on the host: this waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,11 @@ from headrace.errors import DeadlineExceededError, HeadraceError, InternalError,
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, unpack_tokens
 from headrace.sampling import SamplingParams
 from headrace.tasks import EMBED, FILL_MASK, PoolingParams
+from headrace.workers.compilations import compilations
 from headrace.workers.config import EngineConfig
 from headrace.workers.encoder_runner import EncoderRunner, Items, Text
 from headrace.workers.engine import StepResult, model_len
+from headrace.workers.warmup import lengths_up_to
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
@@ -60,11 +63,14 @@ class EncoderEngine:
         self.max_num_seqs = config.max_num_seqs
         self.kv_tokens = config.max_num_seqs * max_model_len
         self._step_tokens = max(config.max_batch_tokens, max_model_len)  # any text is read whole
-        self._runner = EncoderRunner(model)
+        self._runner = EncoderRunner(
+            model, max_tokens=self._step_tokens, max_texts=self.max_num_seqs, max_model_len=max_model_len
+        )
         self._queue: dict[tuple[bytes, int], _Waiting] = {}  # in order of arrival
         self._pending = StepResult()  # ends found outside of a step
         self._steps = 0
         self._prompt_tokens = 0
+        self._compiled = compilations()  # before it was ready
 
     # ---------------------------------------------------------------------------------------------------- streams
 
@@ -130,17 +136,35 @@ class EncoderEngine:
                 self._send(waiting, made, result)
         return result
 
-    def warm_up(self) -> None:
-        """Compute the longest text there can be, so that the first request finds everything in place."""
+    def warm_up(self, told: Callable[[str], None] = lambda phase: None) -> None:
+        """Compute texts of many lengths on a GPU, and the longest there can be anywhere, so that the first request
+        finds everything in place; `told` hears "kernels"."""
         assert not self._queue, "warm up before taking texts on"
-        tokens = array("I", (index % self.card.vocab_size for index in range(self.card.max_model_len)))
-        self._runner.run([Text(tokens=tokens, pooling=PoolingParams())])
+        told("kernels")
+        longest = self.card.max_model_len
+        tokens = array("I", (index % self.card.vocab_size for index in range(longest)))
+        for length in lengths_up_to(longest) if self._runner.on_gpu else (longest,):
+            self._runner.run([Text(tokens=tokens[:length], pooling=PoolingParams())])
+        if self._runner.on_gpu:
+            for pooling in ("cls", "mean"):
+                text = Text(tokens=tokens[:7], pooling=PoolingParams(pooling=pooling, dimensions=1, normalize=True))
+                self._runner.run([text] * min(3, self.max_num_seqs))
         if FILL_MASK in self.card.tasks:
             self._runner.run([Text(tokens=tokens[:1], masks=(0,), top=1)])
+        if self.config.cuda_graphs and self._runner.on_gpu:
+            told("graphs")
+            self._runner.capture()
+        self._compiled = compilations()
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""
-        return {"running": 0, "waiting": len(self._queue), "prompt_tokens": self._prompt_tokens}
+        return {
+            "running": 0,
+            "waiting": len(self._queue),
+            "prompt_tokens": self._prompt_tokens,
+            "graph_replays": self._runner.num_replays,
+            "compilations": compilations() - self._compiled,
+        }
 
     def validate(self) -> None:
         """Assert the invariants."""

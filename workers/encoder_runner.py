@@ -5,6 +5,7 @@ It owns what has a device and decides nothing about who runs. T tokens in all, S
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.kernels.batch import Batch
 from headrace.messages import pack_tokens
 from headrace.tasks import PoolingParams
 from headrace.workers.batch import whole_texts
 from headrace.workers.device import upload
+from headrace.workers.encoder_graphs import StaticTexts, TextGraphs, sizes_of_batches
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
 
 __all__ = ["EncoderRunner", "Items", "Text"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,41 +56,83 @@ class Items:
 
 
 class EncoderRunner:
-    """The model, and `run`."""
+    """The model, and `run` for at most `max_texts` texts of `max_model_len` tokens each, `max_tokens` together."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, max_tokens: int, max_texts: int, max_model_len: int) -> None:
         self._model = model
         self._device = model.embedding.weight.device
         assert isinstance(self._device, torch.device)
+        self._max_tokens = max_tokens
+        self._max_texts = max_texts
+        self._max_model_len = max_model_len
+        self._graphs: TextGraphs | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether steps can become graphs: only on a GPU."""
+        return self._device.type == "cuda"
+
+    @property
+    def num_replays(self) -> int:
+        """Steps computed by a graph."""
+        return 0 if self._graphs is None else self._graphs.replays
+
+    def capture(self) -> None:
+        """Make graphs of steps of all sizes; call it when nothing runs. Without room for them there are none."""
+        try:
+            self._graphs = self._captured()
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "There is no memory for CUDA graphs (%s); steps are computed without them, which is slower. Lower "
+                "--max-num-seqs, or leave more of the GPU to this model.",
+                str(error).partition("\n")[0],
+            )
+
+    def _captured(self) -> TextGraphs:
+        self._model.reserve_positions(self._max_model_len)
+        step = StaticTexts(
+            lambda batch: self._model.hidden(batch, None),
+            max_tokens=self._max_tokens,
+            max_texts=self._max_texts,
+            max_model_len=self._max_model_len,
+            device=self._device,
+        )
+        graphs = TextGraphs(step, sizes_of_batches(self._max_tokens, self._max_texts))
+        graphs.capture()
+        return graphs
 
     @torch.inference_mode()
     def run(self, texts: Sequence[Text]) -> list[Items | None]:
         """Compute texts together; None for one whose results are not numbers."""
-        batch = self._batch(texts)
-        hidden = self._model.hidden(batch, None)
+        hidden, starts = self._hidden(texts)
         results: list[Items | None] = [None] * len(texts)
-        self._embed(texts, hidden, batch, results)
-        self._fill(texts, hidden, batch, results)
+        self._embed(texts, hidden, starts, results)
+        self._fill(texts, hidden, results)
         return results
 
-    def _batch(self, texts: Sequence[Text]) -> Batch:
-        token_ids = np.concatenate([np.frombuffer(text.tokens, np.uint32) for text in texts])
-        return whole_texts(self._tensor(token_ids.astype(np.int64)), [len(text.tokens) for text in texts])
+    def _hidden(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, hidden] of texts, and where they begin [S + 1]."""
+        tokens = [text.tokens for text in texts]
+        if self._graphs is not None and (size := self._graphs.size_for(tokens)) is not None:
+            return self._graphs.run(tokens, size)
+        token_ids = np.concatenate([np.frombuffer(text, np.uint32) for text in tokens])
+        batch = whole_texts(self._tensor(token_ids.astype(np.int64)), [len(text) for text in tokens])
+        return self._model.hidden(batch, None), batch.query_starts
 
-    def _embed(self, texts: Sequence[Text], hidden: Tensor, batch: Batch, results: list[Items | None]) -> None:
+    def _embed(self, texts: Sequence[Text], hidden: Tensor, starts: Tensor, results: list[Items | None]) -> None:
         by_params: dict[PoolingParams, list[int]] = {}
         for index, text in enumerate(texts):
             if text.pooling is not None:
                 by_params.setdefault(text.pooling, []).append(index)
         for params, indexes in by_params.items():
-            vectors = _pool(hidden, batch, params)[self._tensor(np.array(indexes))].cpu()
+            vectors = _pool(hidden, starts, params)[self._tensor(np.array(indexes))].cpu()
             for index, vector in zip(indexes, vectors, strict=True):
                 if bool(vector.isfinite().all()):
                     results[index] = Items(vector.numpy().astype("<f4").tobytes())
 
-    def _fill(self, texts: Sequence[Text], hidden: Tensor, batch: Batch, results: list[Items | None]) -> None:
+    def _fill(self, texts: Sequence[Text], hidden: Tensor, results: list[Items | None]) -> None:
         wanted = [index for index, text in enumerate(texts) if text.pooling is None]
-        starts = [0, *accumulate(batch.query_lens)]
+        starts = [0, *accumulate(len(text.tokens) for text in texts)]
         rows = [starts[index] + place for index in wanted for place in texts[index].masks]
         if not rows:
             return
@@ -104,13 +149,13 @@ class EncoderRunner:
         return upload(values, self._device)
 
 
-def _pool(hidden: Tensor, batch: Batch, params: PoolingParams) -> Tensor:
-    """Vectors [S, D] of all texts in float32, from states [T, hidden]."""
-    starts = batch.query_starts.long()
+def _pool(hidden: Tensor, starts: Tensor, params: PoolingParams) -> Tensor:
+    """Vectors [S, D] of all texts in float32, from states [T, hidden] and where the texts begin [S + 1]."""
+    starts = starts.long()
     if params.pooling == "cls":
         vectors = hidden[starts[:-1]].float()
     else:
-        lens = batch.context_lens.long()
+        lens = starts.diff()
         text_of = torch.repeat_interleave(torch.arange(len(lens), device=hidden.device), lens, output_size=len(hidden))
         sums = torch.zeros(len(lens), hidden.shape[1], device=hidden.device).index_add_(0, text_of, hidden.float())
         vectors = sums / lens[:, None]

@@ -1,7 +1,8 @@
 """One model serving many streams in one process: assignments in, tokens out, a step at a time.
 
 The engine knows no socket and no clock: `now` is an argument, in monotonic seconds. Every rank of a group makes the
-same calls in the same order and so computes the same steps. A stream ends with
+same calls in the same order and so computes the same steps. On a GPU it goes one step ahead: a step is launched before
+the tokens of the last one are read, which are the result. A stream ends with
 
     stop    the model chose one of its end tokens or the request's stop_token_ids; that token is neither sent nor
             counted, so what was sent is exactly the text
@@ -15,8 +16,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from array import array
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.card import ModelCard
 from headrace.errors import (
@@ -31,12 +34,14 @@ from headrace.kernels.kv import KVCache
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, pack_tokens, unpack_tokens
 from headrace.sampling import SamplingParams
 from headrace.tasks import GENERATE
+from headrace.workers.compilations import compilations
 from headrace.workers.config import EngineConfig
 from headrace.workers.memory import default_kv_blocks
 from headrace.workers.runner import Runner
-from headrace.workers.sampler import Choice
-from headrace.workers.scheduler import Scheduler
+from headrace.workers.sampler import Choice, Choices
+from headrace.workers.scheduler import Filled, Plan, Scheduler
 from headrace.workers.sequence import Sequence
+from headrace.workers.warmup import examples
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
@@ -101,15 +106,20 @@ class Engine:
             num_blocks=num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
+            max_batch_tokens=config.max_batch_tokens,
             max_model_len=max_model_len,
         )
         # What an encoder-decoder's text begins with; None for a decoder, which goes on with its prompt.
         self._start_token = start_token_of(model.spec, card, start_token)
         self._sequences: dict[tuple[bytes, int], Sequence] = {}
         self._pending = StepResult()  # ends found outside of a step
+        self._launched: deque[_Launched] = deque()  # steps whose tokens were not read yet
+        ahead = self._runner.on_gpu if config.async_scheduling is None else config.async_scheduling
+        self._most_launched = int(ahead)  # between two calls
         self._steps = 0
         self._generated_tokens = 0
         self._prompt_tokens = 0
+        self._compiled = compilations()  # before it was ready
 
     # ---------------------------------------------------------------------------------------------------- streams
 
@@ -150,7 +160,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._sequences or self._pending.finishes)
+        return bool(self._sequences or self._pending.finishes or self._launched)
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -160,39 +170,58 @@ class Engine:
         return self._steps
 
     def step(self, now: float) -> StepResult:
-        """Compute one step; returns at once if there is nothing to do."""
+        """Launch one step and take the tokens of the one before, or of itself; returns at once if there is nothing
+        to do."""
         result, self._pending = self._pending, StepResult()
         for sequence in self._scheduler.expired(now):
             self._refuse(sequence, _too_late(sequence), result)
         plan = self._scheduler.schedule()
-        if not plan.chunks:
-            assert not self._sequences, "sequences wait, but none can run"
-            return result
-        prompt_tokens = sum(_num_prompt_tokens(sequence, count) for sequence, count in plan.chunks)
-        prompt_tokens += sum(len(sequence.source) for sequence in plan.encodes)
-        choices = self._runner.run(plan)
-        self._scheduler.commit(plan)
-        self._steps += 1
-        self._prompt_tokens += prompt_tokens
-        for choice in choices:
-            self._take(choice, result)
+        if plan.chunks:
+            self._launch(plan)
+        else:
+            assert self._launched or not self._sequences, "sequences wait, but none can run"
+        while len(self._launched) > (self._most_launched if plan.chunks else 0):
+            self._read(result)
         return result
 
-    def warm_up(self) -> None:
-        """Compute a small prompt and a token after it, so that the first request finds everything in place."""
+    def _launch(self, plan: Plan) -> None:
+        """Start a step; from here on its tokens are expected."""
+        self._prompt_tokens += sum(_num_prompt_tokens(sequence, count) for sequence, count in plan.chunks)
+        self._prompt_tokens += sum(len(sequence.source) for sequence in plan.encodes)
+        sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        choices = self._runner.launch(plan)
+        self._launched.append(_Launched(choices, self._scheduler.advance(plan)))
+        for sequence in sampling:
+            sequence.expect()
+
+    def _read(self, result: StepResult) -> None:
+        """Take the tokens of the oldest step that was launched; this waits for it."""
+        choices, filled = self._launched.popleft()
+        chosen = choices.read()
+        self._steps += 1
+        self._scheduler.publish(filled)
+        for choice in chosen:
+            # A stream may have ended, or been dropped, since the step was launched.
+            if self._sequences.get(_key(choice.sequence)) is choice.sequence:
+                self._take(choice, result)
+
+    def warm_up(self, told: Callable[[str], None] = lambda phase: None) -> None:
+        """Compute what compiles all that serving needs, and capture graphs, so that the first request finds everything
+        in place; `told` hears "kernels", then "graphs" if there are any."""
         assert not self._sequences, "warm up before taking streams on"
-        length = min(32, self.card.max_model_len - 2)
-        if length < 1:
-            return
         counters = (self._generated_tokens, self._prompt_tokens, dataclasses.replace(self._scheduler.stats))
-        prompt = pack_tokens(index % self.card.vocab_size for index in range(length))
-        sampling = {"temperature": 0.0, "max_tokens": 2, "ignore_eos": True}
-        self.add(Assignment(request=b"warm-up", choice=0, attempt=0, prompt=prompt, sampling=sampling), 0.0)
-        while self.has_work:
-            self.step(0.0)
+        told("kernels")
+        sources, everything = self._start_token is not None, self._runner.on_gpu
+        for streams in examples(self.card, self.config, sources=sources, everything=everything):
+            for assignment in streams:
+                self.add(assignment, 0.0)
+            while self.has_work:
+                self.step(0.0)
         self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
-        if self.config.cuda_graphs and self._runner.can_capture:
+        if self.config.cuda_graphs and self._runner.on_gpu:
+            told("graphs")
             self._runner.capture()
+        self._compiled = compilations()
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""
@@ -206,6 +235,8 @@ class Engine:
             "prefix_queries": scheduler.stats.prefix_queries,
             "preemptions": scheduler.stats.preemptions,
             "graph_replays": self._runner.num_replays,
+            "graphs": self._runner.num_graphs,
+            "compilations": compilations() - self._compiled,
             "generated_tokens": self._generated_tokens,
             "prompt_tokens": self._prompt_tokens,
         }
@@ -281,8 +312,19 @@ class Engine:
         self._drop(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.stream.request, sequence.stream.choice]
+        del self._sequences[_key(sequence)]
         self._scheduler.remove(sequence)
+
+
+class _Launched(NamedTuple):
+    """A step on its way: its choices, and the blocks that it fills."""
+
+    choices: Choices
+    filled: list[Filled]
+
+
+def _key(sequence: Sequence) -> tuple[bytes, int]:
+    return sequence.stream.request, sequence.stream.choice
 
 
 def _num_prompt_tokens(sequence: Sequence, count: int) -> int:

@@ -12,6 +12,7 @@ from headrace.workers.describe import describe
 from headrace.workers.device import pick_device
 from headrace.workers.encoder_engine import EncoderEngine
 from headrace.workers.engine import Engine, start_token_of
+from headrace.workers.kv_size import check_before_loading, with_measured_cache
 from headrace.workers.loader import load_model
 
 __all__ = ["load_engine"]
@@ -49,7 +50,10 @@ def load_engine(
     start_token = start_token_of(
         spec, card, checkpoint.read_json("generation_config.json").get("decoder_start_token_id")
     )
-    model = load_model(checkpoint, dtype=config.dtype, device=pick_device(config.device), progress=progress)
+    device = pick_device(config.device)
+    memory = check_before_loading(spec, card, config, checkpoint.dtype(config.dtype), device)
+    model = load_model(checkpoint, dtype=config.dtype, device=device, progress=progress)
     if spec.is_encoder:
         return EncoderEngine(model, card, config, blobs=blobs)
+    config = with_measured_cache(model, card, config, memory, start_token=start_token)
     return Engine(model, card, config, blobs=blobs, start_token=start_token)

@@ -8,8 +8,9 @@ from typing import Any
 
 from headrace.errors import ConfigError, HeadraceError
 from headrace.workers.config import EngineConfig
+from headrace.workers.start_report import StartReport
 
-__all__ = ["EVENT_KINDS", "GroupEvent", "GroupSpec"]
+__all__ = ["ENGINE", "EVENT_KINDS", "GroupEvent", "GroupSpec"]
 
 ENGINE = "headrace.workers.engines:load_engine"
 
@@ -80,6 +81,7 @@ class GroupEvent:
         done: bytes of weights loaded, when loading.
         total: bytes of weights in all, when loading.
         error: why, when lost or failed, if that is known.
+        start: where the time of the start went, when ready for the first time since.
     """
 
     group: str
@@ -88,3 +90,4 @@ class GroupEvent:
     done: int = 0
     total: int = 0
     error: HeadraceError | None = None
+    start: StartReport | None = None

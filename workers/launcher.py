@@ -179,6 +179,8 @@ class Launcher:
 
     def _emit(self, event: GroupEvent) -> None:
         logger.log(_LEVELS.get(event.kind, logging.INFO), "group %s: %s", event.group, event.text)
+        if event.start is not None:
+            logger.info("group %s: started in %.1f s: %s", event.group, event.start.seconds, event.start)
         if event.kind == "failed" and event.error is not None:
             self.failures[event.group] = event.error
         if self._on_event is not None:
@@ -255,7 +257,7 @@ class _Group:
         for rank in range(size):
             ends: dict[str, Any] = {"followers": [w for _, w in pipes]} if rank == 0 else {"leader": pipes[rank - 1][0]}
             name = f"{self.life.spec.name}/{rank}"
-            child = Child(name, run_rank, {**self._settings, "rank": rank, **ends})
+            child = Child(name, run_rank, {**self._settings, "rank": rank, "began": time.monotonic(), **ends})
             try:
                 self._ranks[rank] = child.start()
             except OSError as error:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from headrace.errors import ConfigError, HeadraceError, UnsupportedVersionError, from_wire
 from headrace.processes import describe_exit
 from headrace.workers.group import GroupEvent, GroupSpec
+from headrace.workers.start_report import Phase, StartReport
 
 __all__ = [
     "HUNG_AFTER",
@@ -135,6 +136,8 @@ class GroupLife:
         self._phase = ""  # the last kind of event that was emitted
         self._deadline = -inf  # waiting: when to start; stopping: when to kill
         self._delay = BACKOFF[0]
+        self._start_report = StartReport(())
+        self._warm_at = -inf
         self._ready_at: float | None = None
         self._heard_at = self._step_at = 0.0
         self._step = -1
@@ -185,6 +188,8 @@ class GroupLife:
             self._emit("warming", "warming up")
         elif kind == "warm":
             self._warm.add(rank)
+            self._start_report = StartReport.from_wire(message)  # of the rank that took longest, in the end
+            self._warm_at = now
             if len(self._warm) == self.spec.tensor_parallel:
                 self.state = State.SERVING
                 self._step_at, self._step = now, -1
@@ -197,8 +202,9 @@ class GroupLife:
         elif kind == "waiting" and self._phase != "waiting":
             self._emit("warming", "warm; waiting for a broker to answer", phase="waiting")
         elif kind == "ready" and self._phase != "ready":
-            self._ready_at = now
-            self._emit("ready", f"ready: serves {self.spec.model_name}")
+            first, self._ready_at = self._ready_at is None, now
+            start = self._start_report.then(Phase(name="broker", seconds=now - self._warm_at)) if first else None
+            self._emit("ready", f"ready: serves {self.spec.model_name}", start=start)
 
     # ------------------------------------------------------------------------------------------------ beginnings, ends
 

@@ -1,6 +1,7 @@
-"""Fills a model with the weights of a checkpoint, tensor by tensor, each copied once to where it stays.
+"""Fills a model with the weights of a checkpoint, tensor by tensor.
 
-Files are mapped, not read: besides the model itself no more than one tensor is in memory at a time.
+For a CPU files are mapped, not read: besides the model itself no more than one tensor is in memory at a time. For a GPU
+threads read ahead (`headrace.workers.parallel_reader`); besides the model about a gigabyte is there at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from headrace.kernels.inject import Filler, Injected, all_parameters, own_spec
 from headrace.kernels.model import Model
 from headrace.kernels.policies import POLICIES
 from headrace.workers.checkpoint import Checkpoint
+from headrace.workers.parallel_reader import ParallelReader
 
 __all__ = ["load_checkpoint", "load_model"]
 
@@ -55,8 +57,12 @@ def load_checkpoint(
     device: torch.device | str,
     task: nn.Module | None = None,
     progress: Progress | None = None,
+    read_ahead: bool | None = None,
 ) -> Injected:
-    """As `load_model`; fills also what is left to transformers, and tells what the checkpoint holds beyond."""
+    """As `load_model`; fills also what is left to transformers, and tells what the checkpoint holds beyond.
+
+    `read_ahead`: whether threads read the files; None does so for a GPU.
+    """
     policy = checkpoint.policy
     with _Files(checkpoint) as files:
         spec = own_spec(policy.spec(checkpoint.config), policy, files, task)
@@ -66,6 +72,13 @@ def load_checkpoint(
         parameters = all_parameters(model, task)
         total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
         filler = Filler(files, policy, spec, task)
+        # Looked for before any is read, so that a missing one is missed at once.
+        order = [tensor for name in parameters for tensor in filler.tensors_of(name)]
+        device = torch.device(device)
+        if device.type == "cuda" if read_ahead is None else read_ahead:
+            files.read_ahead(order, device)
+        if progress is not None:
+            progress(0, total)
         for name, parameter in parameters.items():
             filler.fill(name, parameter)
             done += parameter.nbytes
@@ -89,6 +102,12 @@ class _Files(contextlib.ExitStack):
         self.advice = "Fetch the model again." if ours else "Correct the policy, or fetch the model again."
         self._checkpoint = checkpoint
         self._open: dict[Path, Any] = {}
+        self._reader: ParallelReader | None = None
+
+    def read_ahead(self, order: list[str], device: torch.device) -> None:
+        """From now on `read` is called in this order; read onto the device, ahead of it."""
+        self._reader = ParallelReader(self._checkpoint.tensors, order, device)
+        self.callback(self._reader.close)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint.tensors)
@@ -98,7 +117,9 @@ class _Files(contextlib.ExitStack):
 
     def read(self, name: str) -> Tensor:
         """A tensor, from its file."""
-        path = self._checkpoint.tensors[name]
+        if self._reader is not None:
+            return self._reader.read(name)
+        path = self._checkpoint.tensors[name].path
         if path not in self._open:
             self._open[path] = self.enter_context(self._checkpoint.open(path))
         tensor: Tensor = self._open[path].get_tensor(name)

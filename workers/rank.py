@@ -1,6 +1,6 @@
 """What one process of a group runs: load the engine, warm it up, then lead or follow.
 
-    rank -> launcher   loading(done, total)  warming  warm  |  leader: waiting  ready  beat(step, busy)  |  error
+    rank -> launcher   loading(done, total)  warming  warm(phases)  error  |  leader: waiting  ready  beat(step, busy)
     launcher -> rank   serve, once all ranks are warm  |  leader: drain(grace)
 
 torch is imported here and nowhere before, after the number of threads is settled.
@@ -12,6 +12,7 @@ import atexit
 import gc
 import importlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -19,12 +20,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from headrace.addresses import cache_dir
 from headrace.errors import ConfigError
 from headrace.processes import Parent, parent
-from headrace.workers.group import GroupSpec
+from headrace.workers.early import begin_early
+from headrace.workers.group import ENGINE, GroupSpec
 from headrace.workers.leader_loop import LeaderLoop
 from headrace.workers.plan import PlanWriter, follow
 from headrace.workers.rank_threads import use_threads
+from headrace.workers.start_report import StartClock
 
 __all__ = ["run_rank"]
 
@@ -40,6 +44,7 @@ def run_rank(
     threads: int,
     crowded: bool,
     endpoint: str,
+    began: float | None = None,
     followers: Sequence[Connection] = (),
     leader: Connection | None = None,
 ) -> None:
@@ -51,22 +56,27 @@ def run_rank(
         threads: CPU threads to compute with.
         crowded: whether other processes need the same cores.
         endpoint: of the broker's face for workers.
+        began: when the launcher started this process, in monotonic seconds.
         followers: the plan's pipes, if this is the leader.
         leader: the plan's pipe, if this is a follower.
     """
     launcher = parent()
     assert launcher is not None, "ranks are started by a launcher"
     use_threads(threads, crowded=crowded)
+    keep_kernels()
+    clock = StartClock(began)
     group = GroupSpec.from_wire(spec)
-    engine = _load(group, launcher)
+    if group.engine == ENGINE:
+        begin_early(group.folder, group.config.device)
+    engine = _load(group, launcher, clock)
     launcher.send("warming")
-    engine.warm_up()
+    _warm_up(engine, clock)
     # What is there now stays; the collector need not look at it again while tokens wait.
     gc.collect()
     gc.freeze()
     # Libraries that look at the end for what they left behind would find, and complain of, all of it.
     atexit.register(gc.unfreeze)
-    launcher.send("warm")
+    launcher.send("warm", phases=clock.report().to_wire())
     if leader is not None:
         follow(engine, leader)
         return
@@ -78,13 +88,25 @@ def run_rank(
     loop.run()
 
 
-def _load(group: GroupSpec, launcher: Parent) -> Any:
+def keep_kernels() -> None:
+    """Let Triton keep what it compiles where our models are, so that a later start compiles nothing. Several processes
+    may do so at once: Triton puts complete files there."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
+
+
+def _load(group: GroupSpec, launcher: Parent, clock: StartClock) -> Any:
     """The group's engine; says how far it is, several times a second at most."""
     told_at = 0.0
+    reading = True
 
     def progress(done: int, total: int) -> None:
-        nonlocal told_at
+        nonlocal told_at, reading
         now = time.monotonic()
+        if done == 0:
+            clock.end("model")
+        elif done >= total and reading:
+            reading = False
+            clock.end("weights", total)
         if now - told_at >= _PROGRESS_EVERY or done >= total:
             told_at = now
             launcher.send("loading", done=done, total=total)
@@ -92,7 +114,10 @@ def _load(group: GroupSpec, launcher: Parent) -> Any:
     launcher.send("loading", done=0, total=0)
     try:
         load = _imported(group.engine)
-        return load(Path(group.folder), group.config, name=group.model_name, progress=progress)
+        clock.end("imports")
+        engine = load(Path(group.folder), group.config, name=group.model_name, progress=progress)
+        clock.end("memory", engine.kv_tokens)
+        return engine
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "headrace":
             raise
@@ -100,6 +125,20 @@ def _load(group: GroupSpec, launcher: Parent) -> Any:
             f"Serving needs the package {error.name!r}, which is not installed; "
             'install what is missing with:  pip install "headrace[serve]"'
         ) from error
+
+
+def _warm_up(engine: Any, clock: StartClock) -> None:
+    """Warm the engine up, phase by phase."""
+    under_way = "kernels"
+
+    def told(phase: str) -> None:
+        nonlocal under_way
+        if phase != under_way:
+            clock.end(under_way)
+        under_way = phase
+
+    engine.warm_up(told)
+    clock.end(under_way, engine.load_gauges().get(under_way, 0))
 
 
 def _imported(path: str) -> Any:

@@ -1,6 +1,8 @@
-"""Runs one plan on the model: builds the batch, computes the logits, chooses the tokens.
+"""Launches one plan on the model: builds the batch, computes the logits, chooses the tokens.
 
-It owns what has a device: the model, the KV tensors, the tables of rows. It decides nothing about who runs.
+It owns what has a device: the model, the KV tensors, the tables of rows. It decides nothing about who runs. On a GPU a
+step is only on its way when `launch` returns, and the next may be launched behind it: it takes tokens that are not
+known here yet from the device.
 """
 
 from __future__ import annotations
@@ -8,12 +10,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from headrace.kernels.kv import KVCache
 from headrace.workers.batch import BatchBuilder
-from headrace.workers.graphs import DecodeGraphs, StaticDecode
-from headrace.workers.sampler import Choice, Sampler
+from headrace.workers.device import upload
+from headrace.workers.graphs import DeviceTables, Standing, StaticDecodes, StaticPrompts, StaticStep, StepGraphs
+from headrace.workers.sampler import Choices, Sampler
 from headrace.workers.scheduler import Plan
 
 if TYPE_CHECKING:
@@ -25,30 +29,38 @@ logger = logging.getLogger(__name__)
 
 
 class Runner:
-    """The model, its KV cache of `num_blocks` blocks, and `run`."""
+    """The model, its KV cache of `num_blocks` blocks, and `launch`."""
 
     def __init__(
-        self, model: Model, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        max_model_len: int,
     ) -> None:
         parameter = next(model.parameters())
         device = parameter.device
         model.reserve_positions(max_model_len)
         self.model = model
         self.kv = KVCache(model.spec, num_blocks, block_size, parameter.dtype, device)
+        self._sampler = Sampler(num_rows=max_num_seqs, vocab=model.spec.vocab_size, device=device)
         self._builder = BatchBuilder(
             num_rows=max_num_seqs,
             max_blocks=-(-max_model_len // block_size),
             block_size=block_size,
-            device=device,
+            last_tokens=self._sampler.last_tokens,
         )
-        self._sampler = Sampler(num_rows=max_num_seqs, device=device)
         self._num_rows = max_num_seqs
+        self._max_batch_tokens = max_batch_tokens
         self._max_model_len = max_model_len
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
 
     @property
-    def can_capture(self) -> bool:
-        """Whether steps can become graphs: only on a GPU."""
+    def on_gpu(self) -> bool:
+        """Whether steps run beside the host, and can become graphs."""
         return self.kv.layer(0)[0].is_cuda
 
     @property
@@ -56,10 +68,17 @@ class Runner:
         """Steps computed by a graph."""
         return 0 if self._graphs is None else self._graphs.replays
 
+    @property
+    def num_graphs(self) -> int:
+        """Sizes of batches that have a graph."""
+        return 0 if self._graphs is None else len(self._graphs)
+
     def capture(self) -> None:
-        """Make graphs of decode steps of all sizes; call it when nothing runs. Without room for them there are none."""
+        """Make graphs of steps of all sizes; call it when nothing runs. Without room for them there are none."""
         try:
-            self._graphs = self._captured()
+            graphs = StepGraphs(self.static_steps())
+            graphs.capture()
+            self._graphs = graphs
         except torch.OutOfMemoryError as error:
             logger.warning(
                 "There is no memory for CUDA graphs (%s); steps are computed without them, which is slower. Lower "
@@ -67,26 +86,35 @@ class Runner:
                 str(error).partition("\n")[0],
             )
 
-    def _captured(self) -> DecodeGraphs:
-        step = StaticDecode(
-            self.model,
-            self.kv,
+    def static_steps(self) -> list[StaticStep]:
+        """The kinds of steps that can become graphs."""
+        standing = Standing(
+            model=self.model,
+            kv=self.kv,
+            tables=self._device_tables(),
+            sampler=self._sampler,
             num_rows=self._num_rows,
-            max_blocks=-(-self._max_model_len // self.kv.block_size),
             max_model_len=self._max_model_len,
         )
-        graphs = DecodeGraphs(step, self._num_rows)
-        graphs.capture()
-        return graphs
+        if self.model.spec.encoder is not None:
+            return [StaticDecodes(standing, sources=self._device_tables())]
+        return [StaticDecodes(standing), StaticPrompts(standing, self._max_batch_tokens)]
+
+    def _device_tables(self) -> DeviceTables:
+        max_blocks = -(-self._max_model_len // self.kv.block_size)
+        return DeviceTables(self._num_rows, max_blocks, self.kv.scratch_block, self._sampler.last_tokens.device)
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[Choice]:
-        """Compute a step; one choice for each chunk that reaches the end of what its sequence knows."""
+    def launch(self, plan: Plan) -> Choices:
+        """Start a step; it chooses a token for each chunk that reaches the end of what its sequence knows."""
         if plan.encodes:
             self.model.encode(self._builder.build_sources(plan.encodes), self.kv)
-        if self._graphs is not None and self._graphs.takes(plan):
-            logits = self._graphs.run(plan.chunks)
-        else:
-            logits = self.model(self._builder.build(plan.chunks), self.kv)
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        return self._sampler.choose(logits, sampling) if sampling else []
+        computed = None if self._graphs is None else self._graphs.run(plan)
+        if computed is None:
+            return self._sampler.choose(self.model(self._builder.build(plan.chunks), self.kv), sampling)
+        logits, tokens = (rows[: len(plan.chunks)] for rows in computed)
+        if len(sampling) < len(plan.chunks):
+            those = np.flatnonzero([chunk.samples for chunk in plan.chunks])
+            logits, tokens = (rows.index_select(0, upload(those, rows.device)) for rows in (logits, tokens))
+        return self._sampler.choose(logits, sampling, tokens)

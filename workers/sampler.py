@@ -1,36 +1,27 @@
 """Sampling settings of the running sequences, kept in rows, and the choice of their next tokens.
 
 Values that stay (temperature, seed, ...) are written once when a sequence gets its row; what changes with every token
-(position, counts of penalties) is added per step. A batch of plain greedy rows needs none of it.
+(position, tokens seen by penalties) is known without the values of the last ones, or kept on the device. So a step can
+be launched before the tokens of the last one are read. A batch of plain greedy rows needs none of it.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.kernels.ops.sampling import (
-    UNDECIDED,
-    Bias,
-    Logprobs,
-    Penalties,
-    Sampled,
-    SamplingRows,
-    sample_ahead,
-    settle,
-)
-from headrace.workers.device import upload
+from headrace.kernels.ops.sampling import Logprobs, SamplingRows, choose, logprobs_of
+from headrace.workers.device import Download, upload
 from headrace.workers.sequence import Sequence
+from headrace.workers.token_state import TokenState
 
-__all__ = ["Choice", "Sampler"]
+__all__ = ["NUM_SETTINGS", "Choice", "Choices", "Sampler", "settings_in"]
 
-_NO_IDS = np.empty(0, dtype=np.int64)
+NUM_SETTINGS = 7  # numbers by which a sequence is sampled
 
 
 class Choice(NamedTuple):
@@ -41,176 +32,136 @@ class Choice(NamedTuple):
     logprobs: list[Any] | None
 
 
-class _Counts:
-    """Distinct tokens that the penalties of one sequence see, with their occurrences in the output."""
+class Choices:
+    """The choices of one step, on their way from the device."""
 
-    def __init__(self, sequence: Sequence) -> None:
-        self._index: dict[int, int] = {}
-        self._seen = sequence.num_prompt
-        self.tokens: array[int] = array("q")
-        self.counts: array[float] = array("f")
-        if sequence.sampling.repetition_penalty != 1.0:
-            for token in sequence.tokens[: sequence.num_prompt]:
-                self._add(token, 0.0)
+    def __init__(self, sequences: Items[Sequence], tokens: Tensor, logprobs: Logprobs | None = None) -> None:
+        self._sequences = sequences
+        parts = () if logprobs is None else (logprobs.chosen, logprobs.top_tokens, logprobs.top)
+        self._coming = Download(tokens, *parts)
 
-    def update(self, sequence: Sequence) -> None:
-        """Count the tokens that came since the last call."""
-        for token in sequence.tokens[self._seen :]:
-            self._add(token, 1.0)
-        self._seen = sequence.num_tokens
-
-    def _add(self, token: int, count: float) -> None:
-        index = self._index.setdefault(token, len(self.tokens))
-        if index == len(self.tokens):
-            self.tokens.append(token)
-            self.counts.append(count)
-        else:
-            self.counts[index] += count
-
-
-@dataclass(slots=True)
-class _Row:
-    """What does not fit an array: the ragged settings of one row."""
-
-    sequence: Sequence
-    bias_tokens: np.ndarray
-    bias_values: np.ndarray
-    counts: _Counts | None
+    def read(self) -> list[Choice]:
+        """One choice for each sequence; this waits for the device."""
+        tokens, *logprobs = (tensor.tolist() for tensor in self._coming.wait())
+        entries = iter(_unpack(*logprobs) if logprobs else ())
+        choices = []
+        for sequence, token in zip(self._sequences, tokens, strict=True):
+            wanted = sequence.sampling.logprobs
+            entry = None if wanted is None else _cut(next(entries), wanted)
+            choices.append(Choice(sequence, None if token < 0 else token, entry))
+        return choices
 
 
 class Sampler:
-    """Settings by row; `choose` turns logits into tokens."""
+    """Settings by row; `choose` turns logits into tokens.
 
-    def __init__(self, *, num_rows: int, device: torch.device | str = "cpu") -> None:
+    Args:
+        num_rows: most sequences that run at once.
+        vocab: logits of each.
+        device: where they are.
+
+    Attributes:
+        last_tokens: [rows + 1] int64, on the device: of each row the token chosen last, from which the next step may go
+            on before the host knows it. The row after the last belongs to nobody.
+    """
+
+    def __init__(self, *, num_rows: int, vocab: int, device: torch.device | str = "cpu") -> None:
+        self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         self._device = torch.device(device)
-        self._rows: list[_Row | None] = [None] * num_rows
-        self._plain = np.zeros(num_rows, dtype=bool)
-        self._temperature = np.zeros(num_rows, dtype=np.float32)
-        self._top_k = np.zeros(num_rows, dtype=np.int64)
-        self._top_p = np.ones(num_rows, dtype=np.float32)
-        self._min_p = np.zeros(num_rows, dtype=np.float32)
+        self._edits = TokenState(num_rows=num_rows, vocab=vocab, device=device)
+        self._sequences: list[Sequence | None] = [None] * num_rows
+        self._greedy = np.zeros(num_rows, dtype=bool)
+        self._temperature, self._top_p, self._min_p = np.zeros((3, num_rows), dtype=np.float32)
+        self._top_k, self._choices = np.zeros((2, num_rows), dtype=np.int64)
         self._seeds = np.zeros(num_rows, dtype=np.uint64)
-        self._choices = np.zeros(num_rows, dtype=np.int64)
-        self._penalties = np.zeros((3, num_rows), dtype=np.float32)  # repetition, presence, frequency
         self._logprobs = np.full(num_rows, -1, dtype=np.int64)
 
-    def choose(self, logits: Tensor, sequences: Items[Sequence]) -> list[Choice]:
-        """The next token of each sequence, whose logits are the rows of `logits`."""
-        rows = self._settings(sequences)
-        sampled = sample_ahead(logits, rows)
-        tokens, entries = self._read(sampled)
-        if UNDECIDED in tokens:
-            assert rows is not None
-            tokens, entries = self._read(settle(sampled, logits, rows))
-        wanted = [sequence.sampling.logprobs for sequence in sequences]
-        given = iter(entries)
-        logprobs = [None if count is None else _cut(next(given), count) for count in wanted]
-        return [
-            Choice(sequence, None if token < 0 else token, entry)
-            for sequence, token, entry in zip(sequences, tokens, logprobs, strict=True)
-        ]
+    def write_settings(self, sequences: Items[Sequence], into: np.ndarray) -> None:
+        """Write the settings of sequences where `settings_in` finds them.
 
-    @staticmethod
-    def _read(sampled: Sampled) -> tuple[list[int], list[list[Any]]]:
-        """Tokens of all rows, log probabilities of those that want them: the one place that waits for the device."""
-        tokens: list[int] = sampled.tokens.tolist()
-        return tokens, [] if sampled.logprobs is None else _unpack(sampled.logprobs)
+        Args:
+            sequences: that are sampled next.
+            into: [NUM_SETTINGS, size] int64 of zeros, which mean greedy ones; size is at least their number.
+        """
+        rows = self._bound(sequences)
+        for row_of, values in zip(into, (self._temperature, self._top_p, self._min_p), strict=False):
+            row_of.view(np.float32)[: len(rows)] = values[rows]
+        into[3:6, : len(rows)] = self._top_k[rows], self._seeds[rows].view(np.int64), self._choices[rows]
+        into[6, : len(rows)] = [sequence.num_chosen for sequence in sequences]
 
-    def _settings(self, sequences: Items[Sequence]) -> SamplingRows | None:
-        """The settings of the rows at hand, or None if all are plain greedy ones."""
-        states = [self._state(sequence) for sequence in sequences]
-        rows = np.array([sequence.row for sequence in sequences])
-        if self._plain[rows].all():
+    def choose(self, logits: Tensor, sequences: Items[Sequence], tokens: Tensor | None = None) -> Choices:
+        """Choose the next token of each sequence.
+
+        Args:
+            logits: [R, vocab], of each.
+            sequences: R of them.
+            tokens: [R] int64, if they were chosen and noted in `last_tokens` already, by their settings alone.
+        """
+        if not sequences:
+            return Choices((), self.last_tokens[:0])
+        rows = self._bound(sequences)
+        edited = self._edits.edits(rows)
+        if tokens is None or edited:
+            tokens = self._choose(logits, sequences, rows, edited)
+        return Choices(sequences, tokens, self._logprobs_of(logits, tokens, rows))
+
+    def _choose(self, logits: Tensor, sequences: Items[Sequence], rows: np.ndarray, edited: bool) -> Tensor:
+        host = np.zeros((1 + NUM_SETTINGS, len(rows)), dtype=np.int64)
+        host[0] = rows
+        self.write_settings(sequences, host[1:])
+        row_of, *_, positions = inputs = upload(host, self._device)
+        if edited:
+            logits = self._edits.edit(logits, row_of, positions)
+        tokens = choose(logits, None if self._greedy[rows].all() else settings_in(inputs[1:]))
+        if edited:
+            self._edits.count(tokens, row_of)
+        # -1, where logits were no numbers, is no token; what is computed after it is dropped.
+        self.last_tokens.index_copy_(0, row_of, tokens.clamp(min=0))
+        return tokens
+
+    def _logprobs_of(self, logits: Tensor, tokens: Tensor, rows: np.ndarray) -> Logprobs | None:
+        """Of the rows that want them, as many as the one that wants most."""
+        wanted = self._logprobs[rows]
+        if wanted.max() < 0:
             return None
-        temperature, top_k, top_p = self._temperature[rows], self._top_k[rows], self._top_p[rows]
-        drawn = np.flatnonzero(temperature > 0)
-        logprobs = self._logprobs[rows]
-        with_logprobs = np.flatnonzero(logprobs >= 0)
-        return SamplingRows(
-            temperature=self._tensor(temperature),
-            top_k=self._tensor(top_k),
-            top_p=self._tensor(top_p),
-            min_p=self._tensor(self._min_p[rows]),
-            seeds=self._tensor(self._seeds[rows].view(np.int64)),
-            choices=self._tensor(self._choices[rows]),
-            positions=self._tensor(np.array([sequence.num_output for sequence in sequences], dtype=np.int64)),
-            drawn=self._tensor(drawn) if len(drawn) else None,
-            max_top_k=int(top_k[drawn].max(initial=0)),
-            any_top_p=bool((top_p[drawn] < 1.0).any()),
-            bias=self._bias(states),
-            penalties=self._seen(states, rows),
-            logprob_rows=self._tensor(with_logprobs) if len(with_logprobs) else None,
-            num_logprobs=int(logprobs.max(initial=0)),
-        )
+        those = upload(np.flatnonzero(wanted >= 0), self._device)
+        return logprobs_of(logits.index_select(0, those), tokens.index_select(0, those), int(wanted.max()))
 
-    def _state(self, sequence: Sequence) -> _Row:
-        state = self._rows[sequence.row]
-        if state is None or state.sequence is not sequence:
-            state = self._rows[sequence.row] = self._bind(sequence)
-        return state
+    def _bound(self, sequences: Items[Sequence]) -> np.ndarray:
+        """The rows of sequences, which are theirs from now on."""
+        for sequence in sequences:
+            if self._sequences[sequence.row] is not sequence:
+                self._sequences[sequence.row] = sequence
+                self._bind(sequence)
+        return np.array([sequence.row for sequence in sequences], dtype=np.int64)
 
-    def _bind(self, sequence: Sequence) -> _Row:
+    def _bind(self, sequence: Sequence) -> None:
         row, params = sequence.row, sequence.sampling
-        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        penalized = penalties != (1.0, 0.0, 0.0)
+        self._greedy[row] = params.greedy
         self._temperature[row] = params.temperature
         self._top_k[row] = params.top_k
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
         self._seeds[row] = sequence.seed
         self._choices[row] = sequence.stream.choice
-        self._penalties[:, row] = penalties
         self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        edited = penalized or bool(params.logit_bias) or params.min_tokens > 0
-        self._plain[row] = params.greedy and not edited and params.logprobs is None
-        return _Row(
-            sequence=sequence,
-            bias_tokens=np.array(list(params.logit_bias), dtype=np.int64),
-            bias_values=np.array(list(params.logit_bias.values()), dtype=np.float32),
-            counts=_Counts(sequence) if penalized else None,
-        )
+        self._edits.bind(sequence)
 
-    def _bias(self, states: list[_Row]) -> Bias | None:
-        """logit_bias, and -inf for tokens that would end a sequence before its min_tokens."""
-        tokens, values = [], []
-        for state in states:
-            held_back = _NO_IDS
-            if state.sequence.num_output < state.sequence.sampling.min_tokens:
-                held_back = np.array(state.sequence.stop_ids, dtype=np.int64)
-            tokens.append(np.concatenate((state.bias_tokens, held_back)))
-            values.append(np.concatenate((state.bias_values, np.full(len(held_back), -np.inf, dtype=np.float32))))
-        lens = [len(part) for part in tokens]
-        if not any(lens):
-            return None
-        return Bias(
-            rows=self._tensor(np.repeat(np.arange(len(states)), lens)),
-            tokens=self._tensor(np.concatenate(tokens)),
-            values=self._tensor(np.concatenate(values)),
-        )
 
-    def _seen(self, states: list[_Row], rows: np.ndarray) -> Penalties | None:
-        lens = []
-        tokens, counts = array("q"), array("f")
-        for state in states:
-            if state.counts is not None:
-                state.counts.update(state.sequence)
-                tokens += state.counts.tokens
-                counts += state.counts.counts
-            lens.append(0 if state.counts is None else len(state.counts.tokens))
-        if not tokens:
-            return None
-        repetition, presence, frequency = self._penalties[:, rows]
-        return Penalties(
-            rows=self._tensor(np.repeat(np.arange(len(states)), lens)),
-            tokens=self._tensor(np.array(tokens, dtype=np.int64)),
-            counts=self._tensor(np.array(counts, dtype=np.float32)),
-            repetition=self._tensor(repetition),
-            presence=self._tensor(presence),
-            frequency=self._tensor(frequency),
-        )
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return upload(values, self._device)
+def settings_in(inputs: Tensor) -> SamplingRows:
+    """The settings that `Sampler.write_settings` wrote, [NUM_SETTINGS, size] int64 on the device."""
+    size = inputs.shape[1]
+    temperature, top_p, min_p = (inputs[row].view(torch.float32)[:size] for row in range(3))
+    top_k, seeds, choices, positions = inputs[3:]
+    return SamplingRows(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seeds=seeds,
+        choices=choices,
+        positions=positions,
+    )
 
 
 def _cut(entry: list[Any], count: int) -> list[Any]:
@@ -218,7 +169,7 @@ def _cut(entry: list[Any], count: int) -> list[Any]:
     return [entry[0], entry[1][:count]]
 
 
-def _unpack(logprobs: Logprobs) -> list[list[Any]]:
+def _unpack(chosen: list[float], top_tokens: list[list[int]], top: list[list[float]]) -> list[list[Any]]:
     """Per row `[logprob, [[token, logprob], ...]]`."""
-    tops = zip(logprobs.chosen.tolist(), logprobs.top_tokens.tolist(), logprobs.top.tolist(), strict=True)
-    return [[chosen, [list(pair) for pair in zip(ids, values, strict=True)]] for chosen, ids, values in tops]
+    rows = zip(chosen, top_tokens, top, strict=True)
+    return [[value, [list(pair) for pair in zip(ids, values, strict=True)]] for value, ids, values in rows]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from headrace.workers.blocks import BlockManager
 from headrace.workers.prefix_cache import PrefixCache, root_digest
 from headrace.workers.sequence import Sequence
 
-__all__ = ["Chunk", "Plan", "Scheduler", "SchedulerStats"]
+__all__ = ["Chunk", "Filled", "Plan", "Scheduler", "SchedulerStats"]
 
 
 class Chunk(NamedTuple):
@@ -52,6 +52,15 @@ class Plan:
     def num_tokens(self) -> int:
         """Tokens the step computes."""
         return sum(chunk.num_tokens for chunk in self.chunks) + sum(len(sequence.source) for sequence in self.encodes)
+
+
+class Filled(NamedTuple):
+    """Blocks of one sequence that a step fills: of its list of `blocks` at that time, those from `start` to `stop`."""
+
+    sequence: Sequence
+    blocks: list[int]
+    start: int
+    stop: int
 
 
 @dataclass(slots=True)
@@ -155,7 +164,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------ a step
 
     def schedule(self) -> Plan:
-        """The next step; empty only when there is nothing to do."""
+        """The next step; empty only when there is nothing to do, or nothing before expected tokens are known."""
         decodes: list[Chunk] = []
         prompts: list[Chunk] = []
         encodes: list[Sequence] = []
@@ -186,18 +195,31 @@ class Scheduler:
                 break
         return Plan((*decodes, *prompts), tuple(encodes))
 
-    def commit(self, plan: Plan) -> None:
-        """The step was computed: count its tokens and publish the blocks it filled."""
+    def advance(self, plan: Plan) -> list[Filled]:
+        """The step is on its way: count its tokens. Returns what is to be published once it was computed."""
+        filled = []
         for sequence, count in plan.chunks:
-            before = sequence.num_computed
+            start = sequence.num_computed // self.block_size
             sequence.num_computed += count
-            if self._prefix_cache:
-                self._publish(sequence, before // self.block_size, sequence.num_computed // self.block_size)
+            stop = sequence.num_computed // self.block_size
+            if self._prefix_cache and start < stop:
+                filled.append(Filled(sequence, sequence.blocks, start, stop))
+        return filled
+
+    def publish(self, filled: Iterable[Filled]) -> None:
+        """Let others share blocks that were filled, if their sequence still holds them."""
+        for sequence, blocks, start, stop in filled:
+            if sequence.blocks is not blocks:  # it ended or yielded meanwhile; readmitted, it has another list
+                continue
+            digests = sequence.digests(stop, self.block_size, self._root)
+            self._settle(sequence, stop)
+            for index in range(start, stop):
+                self.blocks.publish(blocks[index], digests[index])
 
     def _schedule_decodes(self, decodes: list[Chunk]) -> bool:
         """Give each sequence that needs one token its token; whether nobody had to wait or to yield."""
         preemptions, stalled = self.stats.preemptions, False
-        for sequence in [sequence for sequence in self._running if sequence.num_pending == 1]:
+        for sequence in [one for one in self._running if one.num_pending == 1 and not one.is_full]:
             if len(decodes) == self.max_batch_tokens:
                 break
             if sequence.row < 0:  # it yielded to an older one a moment ago
@@ -263,6 +285,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, digests: list[bytes]) -> bool:
         """Start a waiting sequence if blocks for all its known tokens are there."""
+        assert not sequence.num_expected, "what it is to compute must be known"
         matched = self.blocks.match(digests)
         missing = self._num_blocks(sequence) - len(matched)
         num_source_blocks = self._num_source_blocks(sequence)
@@ -285,14 +308,6 @@ class Scheduler:
         insort(self._running, sequence, key=_arrival)
         self._promise(sequence, digests, len(matched))
         return True
-
-    def _publish(self, sequence: Sequence, start: int, stop: int) -> None:
-        if start == stop:
-            return
-        digests = sequence.digests(stop, self.block_size, self._root)
-        self._settle(sequence, stop)
-        for index in range(start, stop):
-            self.blocks.publish(sequence.blocks[index], digests[index])
 
     def _promise(self, sequence: Sequence, digests: list[bytes], start: int) -> None:
         """Remember what this prompt will publish, for `_worth_waiting`."""

@@ -20,6 +20,8 @@ class Sequence:
         stream: names it on the wire.
         source: what an encoder reads; empty for decoders, whose prompt is in `tokens`.
         tokens: prompt, then output; `num_prompt` says where the output begins.
+        num_expected: tokens at the end that were chosen, but whose value is still on its way from the device; 0 stands
+            in their places.
         max_tokens: the output's length at most, with what earlier attempts generated.
         stop_ids: tokens that end it; held back until `sampling.min_tokens` were generated.
         deadline: time after which it is refused, or None.
@@ -39,6 +41,7 @@ class Sequence:
         "max_tokens",
         "num_cached",
         "num_computed",
+        "num_expected",
         "num_prompt",
         "row",
         "sampling",
@@ -72,6 +75,7 @@ class Sequence:
         self.seed = seed
         self.deadline = deadline
         self.arrival = -1
+        self.num_expected = 0
         self.num_computed = 0
         self.num_cached = -1
         self.source = source or array("I")
@@ -88,12 +92,17 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output together."""
+        """Prompt and output together, expected tokens included."""
         return len(self.tokens)
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far, earlier attempts included; also the absolute index of the next one."""
+        """Tokens generated so far, earlier attempts included; expected ones are not."""
+        return len(self.tokens) - self.num_expected - self.num_prompt
+
+    @property
+    def num_chosen(self) -> int:
+        """Tokens generated so far and expected ones; also the absolute index of the next one to be chosen."""
         return len(self.tokens) - self.num_prompt
 
     @property
@@ -101,11 +110,28 @@ class Sequence:
         """Tokens still to be computed before the next one can be sampled; 1 is a decode."""
         return len(self.tokens) - self.num_computed
 
+    @property
+    def is_full(self) -> bool:
+        """Whether its last token was chosen, if only the length is looked at."""
+        return self.num_chosen >= self.max_tokens
+
+    def expect(self) -> None:
+        """A token was chosen on the device; `append` will bring its value."""
+        self.tokens.append(0)
+        self.num_expected += 1
+
     def append(self, token: int) -> str | None:
-        """Take the next token; returns why the stream ends here ("stop" or "length"), or None."""
+        """Take the next token, or the first expected one; returns why the stream ends here ("stop", "length") or None.
+
+        After an end, tokens that are still expected mean nothing.
+        """
         if token in self.stop_ids and self.num_output >= self.sampling.min_tokens:
             return "stop"
-        self.tokens.append(token)
+        if self.num_expected:
+            self.tokens[-self.num_expected] = token
+            self.num_expected -= 1
+        else:
+            self.tokens.append(token)
         return "length" if self.num_output >= self.max_tokens else None
 
     def digests(self, count: int, block_size: int, root: bytes) -> list[bytes]:

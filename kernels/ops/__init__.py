@@ -4,12 +4,14 @@
     x_triton.py    its kernel, imported when the first tensor of a GPU comes
     pair.py        joins the two and picks by device, which nothing else does
 
-`attend_triton.py` is the kernel of both attentions, `math_triton.py` what kernels share. `linear` leaves a GPU to
-cuBLAS, and of `sampling` only the drawing has a kernel; the rest of both runs anywhere.
+`attend_triton.py` and `decode_triton.py` are the kernels of all attentions, for many queries of a sequence and for one,
+`gemv_triton.py` and `skinny_triton.py` those of `linear` for a few rows; for more it calls cuBLAS. Of `sampling` only
+the choice has a kernel, which `edges_triton.py` tells what filters keep. The rest is what kernels share.
 
 A kernel computes in float32 and rounds at the edge, takes any shape, and reads nothing that is masked: what is not a
-number stays where it is. Tile sizes are fixed in a table at the top of each file, with the reason; nothing is tuned at
-start. What changes from step to step (lengths, splits, strides of tables) is no reason to compile again: a kernel is
-compiled once for each kind of layer, experts for few tokens and for many, and attention for prompts, decodes and
-decodes whose contexts are split. Nothing waits for the device, and launches go to the current one.
+number stays where it is. Tile sizes are fixed in a table at the top of each file, with the reason, those of `linear`
+stored for each GPU (`headrace.kernels.tuning`); nothing is tuned at start. What changes from step to step (lengths,
+splits, strides of tables) is no reason to compile again: a kernel is compiled once for each kind of layer, products for
+each bucket of rows, experts for few tokens and for many, and attention for prompts, decodes and decodes whose contexts
+are split. Nothing waits for the device, and launches go to the current one.
 """

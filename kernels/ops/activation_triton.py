@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.math_triton import OPTIONS, sigmoid, tanh
 from headrace.kernels.spec import Activation
 
@@ -27,13 +28,23 @@ def activate(x: Tensor, activation: Activation, *, gated: bool) -> Tensor:
     block = min(_BLOCK, triton.next_power_of_2(size))
     if len(rows):
         grid = (len(rows), triton.cdiv(size, block))
-        sizes = {"SIZE": size, "BLOCK": block, "num_warps": _WARPS}
-        _activate[grid](rows, out, ACTIVATION=activation, GATED=gated, **sizes, **OPTIONS)
+        settings = {"SIZE": size, "BLOCK": block, "num_warps": _WARPS, **chained(x.device), **OPTIONS}
+        _activate[grid](rows, out, ACTIVATION=activation, GATED=gated, **settings)
     return out
 
 
 @triton.jit
-def _activate(x, out, SIZE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def _activate(
+    x,
+    out,
+    SIZE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    let_next_begin(CHAINED)
+    wait_for_earlier(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     held = columns < SIZE

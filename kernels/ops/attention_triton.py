@@ -7,6 +7,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.attend_triton import attend
+from headrace.kernels.ops.decode_triton import decode
 from headrace.kernels.spec import AttentionSpec
 
 __all__ = ["paged_attention"]
@@ -17,8 +18,9 @@ def paged_attention(
 ) -> Tensor:
     """As `headrace.kernels.ops.attention.paged_attention`."""
     out = torch.empty((len(q_thd), spec.num_heads * spec.head_dim), dtype=q_thd.dtype, device=q_thd.device)
-    num_decodes, num_sequences = batch.num_decodes, len(batch.query_lens)
-    for sequences in (range(num_decodes), range(num_decodes, num_sequences)):
-        if sequences:
-            attend(q_thd, keys, values, out, batch, spec, table, sequences=sequences, paged=True)
+    num_decodes = batch.num_decodes
+    if num_decodes:
+        decode(q_thd, keys, values, out, batch, spec, table, num_sequences=num_decodes)
+    if num_decodes < len(batch.query_lens):
+        attend(q_thd, keys, values, out, batch, spec, table, first_sequence=num_decodes, paged=True)
     return out

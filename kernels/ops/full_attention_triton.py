@@ -17,5 +17,5 @@ def full_attention(qkv: Tensor, batch: Batch, spec: AttentionSpec, table: Tensor
     out = torch.empty((len(qkv), spec.num_heads * spec.head_dim), dtype=qkv.dtype, device=qkv.device)
     heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
     q, k, v = torch.split(qkv.view(len(qkv), -1, spec.head_dim), heads, dim=1)
-    attend(q, k, v, out, batch, spec, table, sequences=range(len(batch.query_lens)), paged=False)
+    attend(q, k, v, out, batch, spec, table, first_sequence=0, paged=False)
     return out

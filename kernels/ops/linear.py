@@ -1,13 +1,69 @@
-"""Products with weight matrices, each kept in the layout that its device multiplies fastest."""
+"""Products with weight matrices, each kept in the layout that its device multiplies fastest, and all that is done to
+their rows before and after: a norm, an activation, an addition."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["linear", "pack_weight"]
+from headrace.kernels.ops.activation import activate
+from headrace.kernels.ops.norm import NormWeights, norm
+from headrace.kernels.ops.pair import pair
+from headrace.kernels.spec import Activation
+
+__all__ = ["fold_norm", "linear", "pack_weight", "product", "share_norm"]
 
 _TYPICAL_ROWS = 8  # the layout that serves it is best from 1 to 512 rows (`headrace bench latency`)
+_FOLDED_ROWS = 4096  # of a weight that are held in float32 at a time
+
+
+@pair
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    before: NormWeights | None = None,
+    folded: Tensor | None = None,
+    activation: Activation | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(norm(x) @ weight.T + bias) + residual, or as much of it as is asked for; returns [T, out].
+
+    Args:
+        x: [T, in].
+        weight: [out, in], packed or plain; gated [2 * out, in], with the gate above the up projection.
+        bias: [out], gated [2 * out].
+        before: the norm.
+        folded: what `fold_norm` made of weight and norm. Kernels use it, and do without.
+        activation: gated, of the gate, which is then multiplied with the up projection.
+        gated: whether there is a gate.
+        residual: [T, out]. It is lost: its memory may be that of the result.
+    """
+    if before is not None:
+        x = norm(x, *before)
+    out = product(x, weight, bias)
+    if activation is not None:
+        out = activate(out, activation, gated=gated)
+    return out if residual is None else out.add_(residual)
+
+
+@pair
+def share_norm(x: Tensor, before: NormWeights) -> tuple[Tensor, NormWeights | None]:
+    """What several products that read the same norm of `x` [T, in] shall take as `x` and `before`.
+
+    The norm is computed once, where `linear` would not get it for nothing.
+    """
+    return norm(x, *before), None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times a packed or plain weight [out, in], plus the bias [out], as PyTorch computes it."""
+    if weight.is_mkldnn:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return out
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -22,12 +78,17 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times a packed or plain weight [out, in], plus the bias [out]."""
-    if weight.is_mkldnn:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return out
-    return torch.nn.functional.linear(x, weight, bias)
+def fold_norm(weight: Tensor, before: NormWeights) -> Tensor | None:
+    """What a kernel must know of a plain weight [out, in] to take a layer norm after the product instead of before:
+    the sums of its rows times the norm's scale, and times its shift, [2, out] float32. None if the norm needs none.
+    """
+    if before.spec.kind != "layer":
+        return None
+    size = weight.shape[1]
+    scale = weight.new_ones(size) if before.weight is None else before.weight
+    shift = weight.new_zeros(size) if before.bias is None else before.bias
+    both = torch.stack((scale, shift)).float()
+    return torch.cat([both @ rows.float().T for rows in torch.split(weight, _FOLDED_ROWS)], dim=1)
 
 
 def _can_pack(dtype: torch.dtype) -> bool:

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.ops.launch_triton import overlapping, wait_for_others
 from headrace.kernels.ops.math_triton import OPTIONS
+from headrace.kernels.ops.rotation_triton import normed_and_rotated
 from headrace.kernels.spec import AttentionSpec
 
 __all__ = ["rotate_and_cache"]
@@ -77,6 +79,7 @@ def rotate_and_cache(
             HEADS=heads,
             DIMS=dims,
             num_warps=_WARPS,
+            **overlapping(),
             **OPTIONS,
         )
     return queries
@@ -105,7 +108,9 @@ def _rotate_and_cache(
     UNIT_OFFSET: tl.constexpr,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_others(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = FIRST + tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, DIMS)[None, :]
@@ -114,42 +119,23 @@ def _rotate_and_cache(
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     start = qkv + token * qkv_stride + head * HEAD_DIM
     as_stored = tl.load(start + dim, mask=held, other=0.0)
-    x = as_stored.to(tl.float32)
-
-    rotated = dim < 2 * PAIRS
-    if INTERLEAVED:
-        is_first = dim % 2 == 0
-        pair = dim // 2
-        other_dim = tl.where(is_first, dim + 1, dim - 1)
-    else:
-        is_first = dim < PAIRS
-        pair = tl.where(is_first, dim, dim - PAIRS)
-        other_dim = tl.where(is_first, dim + PAIRS, dim - PAIRS)
-    if PAIRS > 0:
-        other = tl.load(start + other_dim, mask=held & rotated, other=0.0).to(tl.float32)
-
-    if NORM != "none":
-        if NORM == "layer":
-            mean = (tl.sum(x, axis=1) / HEAD_DIM)[:, None]
-            x = tl.where(held, x - mean, 0.0)
-            if PAIRS > 0:
-                other -= mean
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
-        x *= scale
-        if q_norm is not None:
-            x *= _weight(q_norm, k_norm, is_query, dim, held, UNIT_OFFSET)
-        if PAIRS > 0:
-            other *= scale
-            if q_norm is not None:
-                other *= _weight(q_norm, k_norm, is_query, other_dim, held & rotated, UNIT_OFFSET)
-
-    if PAIRS > 0:
-        table = cos_sin + token * (2 * PAIRS)
-        cos = tl.load(table + pair, mask=rotated, other=1.0)
-        sin = tl.load(table + PAIRS + pair, mask=rotated, other=0.0)
-        # The first of a pair becomes first * cos - second * sin, the second one second * cos + first * sin.
-        turned = x * cos + tl.where(is_first, -other, other) * sin
-        x = tl.where(rotated, turned, x)
+    table = None if cos_sin is None else cos_sin + token * (2 * PAIRS)
+    x = normed_and_rotated(
+        as_stored,
+        start,
+        dim,
+        held,
+        is_query,
+        table,
+        q_norm,
+        k_norm,
+        eps,
+        HEAD_DIM,
+        PAIRS,
+        INTERLEAVED,
+        NORM,
+        UNIT_OFFSET,
+    )
 
     tl.store(
         queries + token * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dim,
@@ -167,12 +153,3 @@ def _rotate_and_cache(
         as_stored.to(values.dtype.element_ty),
         mask=held & is_value,
     )
-
-
-@triton.jit
-def _weight(q_norm, k_norm, is_query, dim, held, UNIT_OFFSET: tl.constexpr):
-    """Scales of the queries' norm and the keys' norm, row by row."""
-    of_query = tl.load(q_norm + dim + 0 * is_query, mask=held & is_query, other=0.0).to(tl.float32)
-    of_key = tl.load(k_norm + dim + 0 * is_query, mask=held & ~is_query, other=0.0).to(tl.float32)
-    scale = of_query + of_key
-    return scale + 1.0 if UNIT_OFFSET else scale

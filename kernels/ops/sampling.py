@@ -20,11 +20,10 @@ A draw depends on (seed, choice, position) and its own logits, never on its neig
 falls into, so a replayed stream goes on with the draws that would have come. The fourth counter word is for other uses
 of the same stream.
 
-`draw` (steps 2 to 4) is a pair; the rest runs anywhere. On a device nothing waits: `sample_ahead` leaves a token
-UNDECIDED where only a look at the logits tells how much has to be sorted, and whoever reads the tokens has the few of
-them settled. Three facts keep the reference fast on a CPU without changing the function: the k largest values
-lie in the k blocks with the largest maxima; a kept set is all tokens above one threshold; and no token further than
-MAX_NOISE below the best score can win, so noise is drawn for few.
+`choose` (steps 2 to 4) is a pair; the rest runs anywhere, and on a device none of it waits. Three facts keep the
+reference fast on a CPU without changing the function: the k largest values lie in the k blocks with the largest maxima;
+a kept set is all tokens above one threshold; and no token further than MAX_NOISE below the best score can win, so
+noise is drawn for few.
 """
 
 from __future__ import annotations
@@ -38,33 +37,26 @@ from torch import Tensor
 from headrace.kernels.ops.pair import pair
 
 __all__ = [
-    "CANDIDATES",
     "MAX_NOISE",
-    "UNDECIDED",
     "Bias",
     "Logprobs",
     "Penalties",
     "Sampled",
     "SamplingRows",
+    "choose",
     "dense_noise",
-    "draw",
     "edit_logits",
     "gumbel_noise",
-    "largest_values",
+    "logprobs_of",
     "noise_of",
     "philox",
     "sample",
-    "sample_ahead",
-    "scaled",
-    "settle",
-    "threshold",
 ]
 
 MAX_NOISE = -math.log(-math.log1p(-(2.0**-33))) + 1e-4  # rounding of fp32 included
 
 _BLOCK = 64  # tokens whose maximum is taken together
-CANDIDATES = (64, 1024)  # sizes tried before the whole vocabulary
-UNDECIDED = -2  # instead of a token
+_CANDIDATES = (64, 1024)  # sizes tried before the whole vocabulary
 _MASK = 0xFFFFFFFF
 
 
@@ -91,7 +83,11 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRows:
-    """How each of R rows is to be sampled; the flags are known on the host, so that nothing waits for the device."""
+    """How each of R rows is to be sampled.
+
+    `choose` reads the tensors [R] and nothing else: their values may change under a captured graph. The rest is known
+    on the host, so that nothing waits for the device.
+    """
 
     temperature: Tensor  # [R] float32; 0 is greedy
     top_k: Tensor  # [R] int64; 0 keeps all
@@ -100,9 +96,6 @@ class SamplingRows:
     seeds: Tensor  # [R] int64: the bits of the unsigned seed
     choices: Tensor  # [R] int64
     positions: Tensor  # [R] int64
-    drawn: Tensor | None  # [D] int64: rows that are not greedy
-    max_top_k: int = 0
-    any_top_p: bool = False
     bias: Bias | None = None
     penalties: Penalties | None = None
     logprob_rows: Tensor | None = None  # [L] int64
@@ -120,10 +113,7 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """The chosen tokens; -1 where a row's logits were not numbers or nothing was left to choose from.
-
-    Of `sample_ahead` there may be UNDECIDED ones.
-    """
+    """The chosen tokens; -1 where a row's logits were not numbers or nothing was left to choose from."""
 
     tokens: Tensor  # [R] int64
     logprobs: Logprobs | None
@@ -131,32 +121,13 @@ class Sampled:
 
 def sample(logits: Tensor, rows: SamplingRows | None = None) -> Sampled:
     """Choose a token for each row of `logits` [R, vocab]; without `rows` all are greedy."""
-    sampled = sample_ahead(logits, rows)
-    if rows is not None and bool((sampled.tokens == UNDECIDED).any()):
-        return settle(sampled, logits, rows)
-    return sampled
-
-
-def sample_ahead(logits: Tensor, rows: SamplingRows | None = None) -> Sampled:
-    """As `sample`, but on a device nothing waits, and tokens may be UNDECIDED."""
     if rows is None:
-        tokens, largest = _argmax(logits)
-        return Sampled(tokens=torch.where(largest.isfinite(), tokens, -1), logprobs=None)
-    edited = edit_logits(logits, rows)
-    tokens, largest = _argmax(edited)
-    if rows.drawn is not None:
-        tokens[rows.drawn] = draw(edited, largest, rows, rows.drawn)
-    tokens = torch.where(largest.isfinite(), tokens, -1)
-    return Sampled(tokens=tokens, logprobs=_logprobs(logits, tokens, rows))
-
-
-def settle(sampled: Sampled, logits: Tensor, rows: SamplingRows) -> Sampled:
-    """What `sample` would have returned: UNDECIDED tokens of `sample_ahead` are drawn."""
-    edited = edit_logits(logits, rows)
-    undecided = (sampled.tokens == UNDECIDED).nonzero()[:, 0]
-    tokens = sampled.tokens.clone()
-    tokens[undecided] = _draw(edited, _argmax(edited)[1], rows, undecided)
-    return Sampled(tokens=tokens, logprobs=_logprobs(logits, tokens, rows))
+        return Sampled(tokens=choose(logits), logprobs=None)
+    tokens = choose(edit_logits(logits, rows), rows)
+    if rows.logprob_rows is None:
+        return Sampled(tokens=tokens, logprobs=None)
+    those = rows.logprob_rows
+    return Sampled(tokens=tokens, logprobs=logprobs_of(logits[those], tokens[those], rows.num_logprobs))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -229,7 +200,7 @@ def _argmax(values: Tensor) -> tuple[Tensor, Tensor]:
     return block * _BLOCK + offset, inside.gather(1, offset[:, None])[:, 0].float()
 
 
-def largest_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _largest_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest values of each row, falling, and their indexes; of equal values at the end, any."""
     vocab = values.shape[1]
     num_blocks = vocab // _BLOCK
@@ -250,16 +221,15 @@ def largest_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return top.values, indices.gather(1, top.indices)
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, rows: SamplingRows) -> Logprobs | None:
-    if rows.logprob_rows is None:
-        return None
-    raw, tokens, count = logits[rows.logprob_rows].float(), tokens[rows.logprob_rows], rows.num_logprobs
+def logprobs_of(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
+    """Log probabilities of the chosen `tokens` [L] and of the `count` likeliest ones, under raw logits [L, vocab]."""
+    raw = logits.float()
     total = raw.logsumexp(-1, keepdim=True)
     chosen = raw.gather(1, tokens.clamp(min=0)[:, None]) - total
     if count == 0:
         empty = raw.new_empty((len(raw), 0))
         return Logprobs(chosen=chosen[:, 0], top_tokens=empty.long(), top=empty)
-    values, indices = largest_values(raw, min(raw.shape[1], max(64, count)))
+    values, indices = _largest_values(raw, min(raw.shape[1], max(64, count)))
     indices, order = indices.sort(-1)
     values, order = torch.sort(values.gather(1, order), dim=-1, descending=True, stable=True)
     return Logprobs(chosen=chosen[:, 0], top_tokens=indices.gather(1, order)[:, :count], top=values[:, :count] - total)
@@ -269,39 +239,37 @@ def _logprobs(logits: Tensor, tokens: Tensor, rows: SamplingRows) -> Logprobs | 
 
 
 @pair
-def draw(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) -> Tensor:
-    """Steps 2 to 4: tokens [D] of the rows `drawn`.
+def choose(logits: Tensor, rows: SamplingRows | None = None) -> Tensor:
+    """Steps 2 to 4: tokens [R] int64, -1 where the largest logit is no finite number.
+
+    The kernel never waits, and what it launches depends on shapes alone. It adds up probabilities as whole numbers,
+    whose sum does not depend on an order, from exponentials in float32: a token is kept or not as here unless it lies
+    within 1e-6 of the edge of top_p.
 
     Args:
-        logits: [R, vocab], edited.
-        largest: [R] float32, of each row; where it is no number, any token comes out.
-        rows: how they are to be sampled.
-        drawn: [D] int64.
+        logits: [R, vocab] in any floating type, edited.
+        rows: how they are to be sampled; without it all are greedy.
     """
-    good = largest[drawn].isfinite()
-    if bool(good.all()):
-        return _draw(logits, largest, rows, drawn)
-    tokens = torch.full_like(drawn, -1)
-    tokens[good] = _draw(logits, largest, rows, drawn[good])
-    return tokens
-
-
-def scaled(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) -> Tensor:
-    """The z of all tokens [D, vocab] float32: what a logit is short of the largest, by temperature."""
-    z = (logits.float() if len(drawn) == len(logits) else logits[drawn].float()) - largest[drawn][:, None]
-    z /= rows.temperature[drawn][:, None]
-    return z
+    tokens, largest = _argmax(logits)
+    good = largest.isfinite()
+    if rows is not None:
+        drawn = (good & (rows.temperature > 0)).nonzero()[:, 0]
+        if len(drawn):
+            tokens[drawn] = _draw(logits, largest, rows, drawn)
+    return torch.where(good, tokens, -1)
 
 
 def _draw(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) -> Tensor:
-    """`draw` for rows that hold numbers: tried on the likeliest tokens alone, which nearly always decide."""
-    z = scaled(logits, largest, rows, drawn)
+    """Tokens [D] of the rows `drawn`: tried on the likeliest tokens alone, which nearly always decide."""
+    # What a logit is short of the largest, by temperature.
+    z = (logits.float() if len(drawn) == len(logits) else logits[drawn].float()) - largest[drawn][:, None]
+    z /= rows.temperature[drawn][:, None]
     tokens = torch.empty_like(drawn)
     left = torch.arange(len(drawn), device=drawn.device)
-    for size in CANDIDATES:
+    for size in _CANDIDATES:
         part, picked = z[left] if len(left) < len(z) else z, drawn[left]
-        values, indices = largest_values(part, size)
-        keep, known = threshold(part, values, rows, picked)
+        values, indices = _largest_values(part, size)
+        keep, known = _threshold(part, values, rows, picked)
         score = values + gumbel_noise(rows.seeds[picked], rows.choices[picked], rows.positions[picked], indices)
         best = score.masked_fill_(values < keep[:, None], -math.inf).amax(-1)
         # A token outside has at most the last candidate's z.
@@ -315,7 +283,7 @@ def _draw(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) ->
             return tokens
     for row in left.tolist():
         values = z[row][None].sort(-1, descending=True).values
-        keep, _ = threshold(z[row][None], values, rows, drawn[row][None])
+        keep, _ = _threshold(z[row][None], values, rows, drawn[row][None])
         tokens[row] = _draw_alone(z[row], float(keep[0]), -math.inf, rows, drawn[row])
     return tokens
 
@@ -330,29 +298,22 @@ def _draw_alone(z: Tensor, keep: float, best: float, rows: SamplingRows, row: Te
     return (z + dense_noise(*of_row, len(z))[0]).masked_fill_(z < keep, -math.inf).argmax()
 
 
-def threshold(
-    z: Tensor, values: Tensor, rows: SamplingRows, picked: Tensor, *, may_wait: bool = True
-) -> tuple[Tensor, Tensor]:
+def _threshold(z: Tensor, values: Tensor, rows: SamplingRows, picked: Tensor) -> tuple[Tensor, Tensor]:
     """The z that a token must reach (step 3), from the largest `values` of each row, falling.
 
-    The second result is False where they are too few to tell. If it may wait for the device, it can spare work.
+    The second result is False where they are too few to tell.
     """
     size, vocab = values.shape[1], z.shape[1]
-    keep = rows.min_p[picked].log()
-    known = torch.ones_like(keep, dtype=torch.bool)
-    kth = torch.full_like(keep, -math.inf)
-    if rows.max_top_k:
-        top_k = rows.top_k[picked]
-        limited = (top_k > 0) & (top_k < vocab)
-        known = ~limited | (top_k <= size)
-        kth = torch.where(limited & known, values.gather(1, top_k.clamp(1, size)[:, None] - 1)[:, 0], kth)
-        keep = torch.maximum(keep, kth)
-    if rows.any_top_p:
-        top_p = rows.top_p[picked].double()
+    top_k, top_p = rows.top_k[picked], rows.top_p[picked].double()
+    limited = (top_k > 0) & (top_k < vocab)
+    known = ~limited | (top_k <= size)
+    kth = values.gather(1, top_k.clamp(1, size)[:, None] - 1)[:, 0].masked_fill_(~(limited & known), -math.inf)
+    keep = torch.maximum(rows.min_p[picked].log(), kth)
+    if bool((top_p < 1.0).any()):
         weights = values.double().exp_().masked_fill_(values < kth[:, None], 0.0)
         complete = (values[:, -1] < kth) | (size == vocab)
         total = weights.sum(-1)
-        if not (may_wait and bool(complete.all())):
+        if not bool(complete.all()):
             total = torch.where(complete, total, z.exp().sum(-1, dtype=torch.float64))
         reached = (weights.cumsum(-1) < (top_p * total)[:, None]).sum(-1)
         nucleus = values.gather(1, reached.clamp(max=size - 1)[:, None])[:, 0]

@@ -1,100 +1,409 @@
-"""The kernel of `draw`: the noise of all tokens that are kept, and the best of them, without storing either.
+"""The kernels of `choose`: four launches, or two where all rows are greedy, of a shape that only shapes decide.
 
-What a token must reach to be kept is found by PyTorch among the largest values; if they are too few to tell, which
-happens where thousands of tokens are nearly alike, the row is left UNDECIDED. Programs take parts of rows, and skip
-what holds no kept token.
+    _peak      rows x parts   the largest logit of a part and where it stands; clears what the others count in
+    _count     rows x parts   rows with top_k or top_p: how many tokens are how far from the largest, by bins
+    _narrow    rows x parts   from these counts: tokens kept for sure, of which the best is found, noise and all; and
+                              tokens of the few bins that hold an edge of what is kept, which are listed
+    _decide    rows           the edges, exactly, among what is listed; the best of what is kept of it, and of the parts
+
+How far a token is from the largest is its distance, -z. As a number that is not negative its bits are in order, so
+edges are compared and searched as whole numbers. Bins give bounds of sums of probabilities that are off by a few
+hundredths, of what is above an edge or of what is below it, whichever is less: few tokens are left between. If more are
+than the list holds, as where thousands are alike, `_decide` reads the row itself, which is slower and as exact.
+
+Probabilities are added up as whole numbers, so that no order matters. What a row needs is read from the device: no
+launch depends on it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.ops.math_triton import OPTIONS
-from headrace.kernels.ops.sampling import CANDIDATES, UNDECIDED, SamplingRows, largest_values, scaled, threshold
+from headrace.kernels.ops.edges_triton import (
+    BINS,
+    INFINITY,
+    NOWHERE,
+    UNIT,
+    bin_of,
+    bracket,
+    distance_of,
+    edge,
+    is_filtered,
+    mass_of,
+    open_tokens,
+    reached,
+)
+from headrace.kernels.ops.math_triton import OPTIONS, chained, follow
+from headrace.kernels.ops.sampling import MAX_NOISE, SamplingRows
 
-__all__ = ["draw"]
+__all__ = ["choose"]
 
 _LANES = 256  # of four tokens each, which share the words of one counter: two a thread of four warps
 _WARPS = 4
-_PROGRAMS = 264  # two for each processor of the largest GPUs
+_PROGRAMS = 1056  # eight for each processor of the largest GPUs
+_MOST_PARTS = 256
+_LISTED = 16384  # tokens of a row
+_LISTED_TILE = 2048
+_LISTED_WARPS = 8
+
+# The largest logit is always kept, and has this much noise at least; from so far off nobody can do better.
+_LEAST_NOISE = tl.constexpr(-math.log(-math.log(2.0**-24)) - 0.01)
+_HOPELESS = tl.constexpr(MAX_NOISE - _LEAST_NOISE.value)
 
 
-def draw(logits: Tensor, largest: Tensor, rows: SamplingRows, drawn: Tensor) -> Tensor:
-    """As `headrace.kernels.ops.sampling.draw`; UNDECIDED where the candidates do not tell what is kept."""
-    vocab = logits.shape[1]
-    z = scaled(logits, largest, rows, drawn)
-    keep, known = rows.min_p[drawn].log(), None
-    if rows.max_top_k or rows.any_top_p:
-        values, _ = largest_values(z, min(vocab, max(CANDIDATES[-1], rows.max_top_k)))
-        keep, known = threshold(z, values, rows, drawn, may_wait=False)
-    blocks = triton.cdiv(vocab, 4 * _LANES)
-    share = triton.cdiv(blocks, max(1, min(blocks, _PROGRAMS // len(drawn)))) * 4 * _LANES
-    parts = triton.cdiv(vocab, share)
-    scores = torch.empty((len(drawn), parts), dtype=torch.float32, device=z.device)
-    winners = torch.empty((len(drawn), parts), dtype=torch.int64, device=z.device)
-    _draw[(len(drawn), parts)](
-        z, keep, rows.seeds, rows.choices, rows.positions, drawn, scores, winners, vocab, share,
-        LANES=_LANES, num_warps=_WARPS, **OPTIONS,
+def choose(logits: Tensor, rows: SamplingRows | None = None) -> Tensor:
+    """As `headrace.kernels.ops.sampling.choose`."""
+    num_rows, vocab = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    tokens = logits.new_empty(num_rows, dtype=torch.int64)
+    if not num_rows:
+        return tokens
+    tile = 4 * _LANES
+    tiles = triton.cdiv(vocab, tile)
+    share = triton.cdiv(tiles, max(1, min(tiles, _MOST_PARTS, _PROGRAMS // num_rows))) * tile
+    grid = num_rows, triton.cdiv(vocab, share)
+    of_rows = (logits, logits.stride(0) if num_rows > 1 else vocab, vocab, share)
+    peaks = logits.new_empty(grid, dtype=torch.float32), logits.new_empty(grid, dtype=torch.int32)
+    options = {"num_warps": _WARPS, **OPTIONS, **chained(logits.device)}
+    if rows is None:
+        _peak[grid](*of_rows, *peaks, None, None, TILE=tile, **options)
+        _join[(num_rows,)](*peaks, tokens, grid[1], PARTS=_MOST_PARTS, **options)
+        return tokens
+    bests = torch.empty_like(peaks[0]), torch.empty_like(peaks[1])
+    masses = [logits.new_empty(grid, dtype=torch.int64) for _ in range(2)]  # of all tokens, of those kept for sure
+    counts = logits.new_empty((num_rows, BINS.value), dtype=torch.int32)
+    state = logits.new_empty((num_rows, 4), dtype=torch.int32)  # tokens listed, the first and last edge, rest of top_k
+    listed = logits.new_empty((2, num_rows, _LISTED), dtype=torch.int32)  # distances, tokens
+    filters = (rows.temperature, rows.top_k, rows.top_p)
+    stream = (rows.min_p, rows.seeds, rows.choices, rows.positions)
+    assert all(column.is_contiguous() for column in (*filters, *stream))
+    _peak[grid](*of_rows, *peaks, counts, state, TILE=tile, **options)
+    _count[grid](*of_rows, peaks[0], *filters, counts, masses[0], PARTS=_MOST_PARTS, TILE=tile, **options)
+    _narrow[grid](
+        *of_rows, peaks[0], *filters, *stream, *bests, counts, *masses, state, listed[0], listed[1],
+        PARTS=_MOST_PARTS, LISTED=_LISTED, LANES=_LANES, **options,
     )  # fmt: skip
-    tokens = winners.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
-    return tokens if known is None else torch.where(known, tokens, UNDECIDED)
+    _decide[(num_rows,)](
+        *of_rows, *peaks, *filters, *stream, *bests, *masses, state, listed[0], listed[1], tokens,
+        PARTS=_MOST_PARTS, LISTED=_LISTED, TILE=_LISTED_TILE, **options | {"num_warps": _LISTED_WARPS},
+    )  # fmt: skip
+    return tokens
 
 
-@triton.jit(do_not_specialize=["vocab", "share"])
-def _draw(
-    z,
-    keep,
-    seeds,
-    choices,
-    positions,
-    drawn,
-    scores,
-    winners,
-    vocab,
-    share,
-    LANES: tl.constexpr,
-):
-    order = tl.program_id(0)
-    row = tl.load(drawn + order)
-    seed = tl.load(seeds + row)
-    choice = tl.load(choices + row).to(tl.uint32)
-    position = tl.load(positions + row).to(tl.uint32)
-    least = tl.load(keep + order)
-    values = z + order.to(tl.int64) * vocab
-    first = tl.program_id(1) * share
-    best = tl.full((LANES,), float("-inf"), tl.float32)
-    winner = tl.zeros((LANES,), tl.int32)
-    for begin in range(first, tl.minimum(first + share, vocab), 4 * LANES):
-        lane = begin // 4 + tl.arange(0, LANES)
-        z0 = tl.load(values + 4 * lane, mask=4 * lane < vocab, other=float("-inf"))
-        z1 = tl.load(values + 4 * lane + 1, mask=4 * lane + 1 < vocab, other=float("-inf"))
-        z2 = tl.load(values + 4 * lane + 2, mask=4 * lane + 2 < vocab, other=float("-inf"))
-        z3 = tl.load(values + 4 * lane + 3, mask=4 * lane + 3 < vocab, other=float("-inf"))
-        if tl.max(tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3)), axis=0) >= least:
-            zero = lane * 0
-            w0, w1, w2, w3 = tl.philox(seed, lane, zero + position, zero + choice, zero)
-            best, winner = _better(best, winner, z0, w0, 4 * lane, least)
-            best, winner = _better(best, winner, z1, w1, 4 * lane + 1, least)
-            best, winner = _better(best, winner, z2, w2, 4 * lane + 2, least)
-            best, winner = _better(best, winner, z3, w3, 4 * lane + 3, least)
-    largest = tl.max(best, axis=0)
-    # Of equal ones the first; lanes have kept theirs, for their tokens come in order.
-    token = tl.min(tl.where(best == largest, winner, 2147483647), axis=0)
-    part = order.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(scores + part, largest)
-    tl.store(winners + part, token.to(tl.int64))
+# --------------------------------------------------------------------------------------------------------- launches
 
 
 @triton.jit
-def _better(best, winner, z, word, token, least):
-    """The better of what each lane had, and of a token whose score is z plus the noise of its word."""
-    score = tl.where(z >= least, z + _noise(word), float("-inf"))
-    is_better = score > best
-    return tl.where(is_better, score, best), tl.where(is_better, token, winner)
+def _peak(logits, stride, vocab, share, peaks, peak_tokens, counts, state, TILE: tl.constexpr, CHAINED: tl.constexpr):
+    """The part's largest logit, NaN if one of them is, and the first token that has it."""
+    follow(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * share
+    best = tl.full((TILE,), float("-inf"), tl.float32)
+    winner = tl.zeros((TILE,), tl.int32)
+    strange = tl.zeros((TILE,), tl.int32)
+    for begin in range(first, tl.minimum(first + share, vocab), TILE):
+        token = begin + tl.arange(0, TILE)
+        value = tl.load(logits + row * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+        is_better = value > best
+        best = tl.where(is_better, value, best)
+        winner = tl.where(is_better, token, winner)
+        strange = tl.where(value == value, strange, 1)
+    # Of equal ones the first; every place has kept its first, for its tokens come in order.
+    largest = tl.max(best, axis=0)
+    token = tl.min(tl.where(best == largest, winner, NOWHERE), axis=0)
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(peaks + part, tl.where(tl.max(strange, axis=0) > 0, float("nan"), largest))
+    tl.store(peak_tokens + part, token)
+    if counts is not None:  # noqa: SIM102  # which is known when it is compiled
+        if tl.program_id(1) == 0:
+            bins = tl.arange(0, BINS)
+            tl.store(counts + row * BINS + bins, bins * 0)
+            tl.store(state + row * 4, 0)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _join(peaks, peak_tokens, tokens, parts, PARTS: tl.constexpr, CHAINED: tl.constexpr):
+    """The tokens of greedy rows."""
+    follow(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    _, token = _likeliest(peaks + row * parts, peak_tokens + row * parts, parts, PARTS)
+    tl.store(tokens + row, token.to(tl.int64))
+
+
+@triton.jit
+def _count(
+    logits,
+    stride,
+    vocab,
+    share,
+    peaks,
+    temperatures,
+    top_ks,
+    top_ps,
+    counts,
+    masses,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """How many of the part's tokens fall into each bin, and the sum of their probabilities."""
+    follow(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    parts = tl.num_programs(1)
+    temperature = tl.load(temperatures + row)
+    if (temperature > 0.0) & is_filtered(tl.load(top_ks + row), tl.load(top_ps + row), vocab):
+        largest = _largest(peaks + row * parts, parts, PARTS)
+        if tl.abs(largest) < float("inf"):
+            first = tl.program_id(1) * share
+            mass = tl.zeros((TILE,), tl.int64)
+            found = tl.zeros((BINS,), tl.int32)
+            for begin in range(first, tl.minimum(first + share, vocab), TILE):
+                token = begin + tl.arange(0, TILE)
+                distance = distance_of(logits + row * stride, token, vocab, largest, temperature)
+                found += tl.histogram(bin_of(distance), BINS)
+                mass += mass_of(distance)
+            bins = tl.arange(0, BINS)
+            tl.atomic_add(counts + row * BINS + bins, found, mask=found > 0, sem="relaxed")
+            tl.store(masses + row * parts + tl.program_id(1), tl.sum(mass, axis=0))
+
+
+@triton.jit
+def _narrow(
+    logits,
+    stride,
+    vocab,
+    share,
+    peaks,
+    temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
+    seeds,
+    choices,
+    positions,
+    scores,
+    winners,
+    counts,
+    masses,
+    sure_masses,
+    state,
+    listed_distances,
+    listed_tokens,
+    PARTS: tl.constexpr,
+    LISTED: tl.constexpr,
+    LANES: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """The best of the part's tokens that are kept for sure, and the list of those that may be kept."""
+    follow(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    parts = tl.num_programs(1)
+    part = row * parts + tl.program_id(1)
+    temperature = tl.load(temperatures + row)
+    largest = _largest(peaks + row * parts, parts, PARTS)
+    if (temperature > 0.0) & (tl.abs(largest) < float("inf")):
+        top_k, top_p = tl.load(top_ks + row), tl.load(top_ps + row)
+        filtered = is_filtered(top_k, top_p, vocab)
+        start, end = INFINITY, INFINITY
+        if filtered:
+            total = _total(masses + row * parts, parts, PARTS).to(tl.float32) * (1.0 / UNIT)
+            start, end, rest = bracket(counts + row * BINS, total, top_k, top_p, vocab)
+            if tl.program_id(1) == 0:
+                tl.store(state + row * 4 + 1, start)
+                tl.store(state + row * 4 + 2, end)
+                tl.store(state + row * 4 + 3, rest)
+        furthest = _furthest(tl.load(min_ps + row))
+        seed = tl.load(seeds + row)
+        choice = tl.load(choices + row).to(tl.uint32)
+        position = tl.load(positions + row).to(tl.uint32)
+        best = tl.full((LANES, 4), float("-inf"), tl.float32)
+        winner = tl.full((LANES, 4), NOWHERE, tl.int32)
+        mass = tl.zeros((LANES, 4), tl.int64)
+        least = tl.full((), _LEAST_NOISE, tl.float32)  # the best score is no less
+        first = tl.program_id(1) * share
+        for begin in range(first, tl.minimum(first + share, vocab), 4 * LANES):
+            lane = begin // 4 + tl.arange(0, LANES)
+            token = 4 * lane[:, None] + tl.arange(0, 4)[None, :]
+            distance = distance_of(logits + row * stride, token, vocab, largest, temperature)
+            bits = distance.to(tl.int32, bitcast=True)
+            nearest = tl.min(bits)
+            if filtered & (nearest < end):
+                mass += tl.where(bits < start, mass_of(distance), 0)
+                is_open = (bits >= start) & (bits < end)
+                number = tl.sum(is_open.to(tl.int32))
+                if number > 0:
+                    before = tl.cumsum(tl.reshape(is_open.to(tl.int32), (4 * LANES,)), 0) - 1
+                    place = tl.atomic_add(state + row * 4, number, sem="relaxed") + tl.reshape(before, (LANES, 4))
+                    is_open &= place < LISTED
+                    tl.store(listed_distances + row * LISTED + place, bits, mask=is_open)
+                    tl.store(listed_tokens + row * LISTED + place, token, mask=is_open)
+            if (nearest < start) & (nearest.to(tl.float32, bitcast=True) <= furthest):
+                allowed = (bits < start) & (distance <= furthest)
+                zero = lane * 0
+                w0, w1, w2, w3 = tl.philox(seed, lane, zero + position, zero + choice, zero)
+                # Noise rises with its word: no token of a lane does better than the nearest with the largest word.
+                hope = _noise(tl.maximum(tl.maximum(w0, w1), tl.maximum(w2, w3)))
+                hope -= tl.min(tl.where(allowed, distance, float("inf")), axis=1)
+                if tl.max(hope, axis=0) > least - 0.001:
+                    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (LANES, 4))
+                    score = tl.where(allowed, _noise(words) - distance, float("-inf"))
+                    is_better = score > best
+                    best = tl.where(is_better, score, best)
+                    winner = tl.where(is_better, token, winner)
+                    least = tl.maximum(least, tl.max(score))
+        score = tl.max(best)
+        tl.store(scores + part, score)
+        tl.store(winners + part, tl.min(tl.where(best == score, winner, NOWHERE)))
+        if filtered:
+            tl.store(sure_masses + part, tl.sum(tl.sum(mass, axis=1), axis=0))
+
+
+@triton.jit
+def _decide(
+    logits,
+    stride,
+    vocab,
+    share,
+    peaks,
+    peak_tokens,
+    temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
+    seeds,
+    choices,
+    positions,
+    scores,
+    winners,
+    masses,
+    sure_masses,
+    state,
+    listed_distances,
+    listed_tokens,
+    tokens,
+    PARTS: tl.constexpr,
+    LISTED: tl.constexpr,
+    TILE: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """The token of each row."""
+    follow(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    parts = (vocab + share - 1) // share
+    largest, token = _likeliest(peaks + row * parts, peak_tokens + row * parts, parts, PARTS)
+    temperature = tl.load(temperatures + row)
+    if (temperature > 0.0) & (token >= 0):
+        score, token = _best(scores + row * parts, winners + row * parts, parts, PARTS)
+        top_k, top_p = tl.load(top_ks + row), tl.load(top_ps + row)
+        if is_filtered(top_k, top_p, vocab):
+            number = tl.load(state + row * 4)
+            start, end = tl.load(state + row * 4 + 1), tl.load(state + row * 4 + 2)
+            rest = tl.load(state + row * 4 + 3)
+            # What may be kept: in the list, or if that was too short, between the edges in the row itself.
+            unlisted = number > LISTED
+            size = tl.where(unlisted, vocab, number)
+            row_logits = logits + row * stride
+            distances, names = listed_distances + row * LISTED, listed_tokens + row * LISTED
+            last = end - 1
+            if rest > 0:
+                last = edge(
+                    rest.to(tl.int64), row_logits, distances, names, unlisted, size, largest, temperature, start, end,
+                    MASSES=False, TILE=TILE,
+                )  # fmt: skip
+            if top_p < 1.0:
+                sure = _total(sure_masses + row * parts, parts, PARTS)
+                total = _total(masses + row * parts, parts, PARTS)
+                if rest > 0:
+                    total = sure + reached(
+                        last, row_logits, distances, names, unlisted, size, largest, temperature, start, end,
+                        MASSES=True, TILE=TILE,
+                    )[0]  # fmt: skip
+                missing = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64) - sure
+                if missing > 0:
+                    last = tl.minimum(
+                        last,
+                        edge(
+                            missing, row_logits, distances, names, unlisted, size, largest, temperature, start, end,
+                            MASSES=True, TILE=TILE,
+                        ),
+                    )  # fmt: skip
+                else:
+                    last = start - 1
+            furthest = _furthest(tl.load(min_ps + row))
+            seed = tl.load(seeds + row)
+            choice = tl.load(choices + row).to(tl.uint32)
+            position = tl.load(positions + row).to(tl.uint32)
+            for begin in range(0, size, TILE):
+                bits, names_here = open_tokens(
+                    begin, row_logits, distances, names, unlisted, size, largest, temperature, start, end, TILE
+                )
+                distance = bits.to(tl.float32, bitcast=True)
+                kept = (bits <= last) & (distance <= furthest)
+                if tl.max(kept.to(tl.int32), axis=0) > 0:
+                    zero = names_here * 0
+                    w0, w1, w2, w3 = tl.philox(seed, names_here >> 2, zero + position, zero + choice, zero)
+                    rank = names_here & 3
+                    word = tl.where(rank < 2, tl.where(rank == 0, w0, w1), tl.where(rank == 2, w2, w3))
+                    here = tl.where(kept, _noise(word) - distance, float("-inf"))
+                    best_here = tl.max(here, axis=0)
+                    name = tl.min(tl.where(here == best_here, names_here, NOWHERE), axis=0)
+                    token = tl.where(
+                        best_here > score, name, tl.where(best_here == score, tl.minimum(token, name), token)
+                    )
+                    score = tl.maximum(score, best_here)
+    tl.store(tokens + row, token.to(tl.int64))
+
+
+# ---------------------------------------------------------------------------------------------------- joining parts
+
+
+@triton.jit
+def _best(values, names, parts, PARTS: tl.constexpr):
+    """The largest of the parts' values, and the smallest token that has it."""
+    part = tl.arange(0, PARTS)
+    value = tl.load(values + part, mask=part < parts, other=float("-inf"))
+    name = tl.load(names + part, mask=part < parts, other=NOWHERE)
+    largest = tl.max(value, axis=0)
+    return largest, tl.min(tl.where(value == largest, name, NOWHERE), axis=0)
+
+
+@triton.jit
+def _largest(peaks, parts, PARTS: tl.constexpr):
+    """The row's largest logit, or NaN."""
+    part = tl.arange(0, PARTS)
+    peak = tl.load(peaks + part, mask=part < parts, other=float("-inf"))
+    is_number = tl.min((peak == peak).to(tl.int32), axis=0) > 0
+    return tl.where(is_number, tl.max(peak, axis=0), float("nan"))
+
+
+@triton.jit
+def _likeliest(peaks, peak_tokens, parts, PARTS: tl.constexpr):
+    """The row's largest logit, and the first token that has it; -1 if it is not a finite number."""
+    largest = _largest(peaks, parts, PARTS)
+    _, token = _best(peaks, peak_tokens, parts, PARTS)
+    return largest, tl.where(tl.abs(largest) < float("inf"), token, -1)
+
+
+@triton.jit
+def _total(masses, parts, PARTS: tl.constexpr):
+    part = tl.arange(0, PARTS)
+    return tl.sum(tl.load(masses + part, mask=part < parts, other=0), axis=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ noise
+
+
+@triton.jit
+def _furthest(min_p):
+    """The largest distance that min_p allows and that has a chance."""
+    return tl.minimum(tl.maximum(-tl.log(tl.maximum(min_p, 1e-30)), 0.0), _HOPELESS)
 
 
 @triton.jit

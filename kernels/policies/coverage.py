@@ -204,7 +204,7 @@ def _embedding(spec: ModelSpec) -> str:
         embedding.scale != 1.0 and f"times {embedding.scale:.4g}",
         embedding.size != spec.hidden_size and f"projected from {embedding.size}",
         embedding.token_types > 0 and f"plus {embedding.token_types} token types",
-        embedding.norm and f"`add_norm` {_norm(embedding.norm)}",
+        embedding.norm and f"`norm` {_norm(embedding.norm)}",
     )
 
 
@@ -285,7 +285,7 @@ def _norm(norm: NormSpec) -> str:
 
 def _norms(layer: LayerSpec) -> str:
     return _parts(
-        f"`add_norm` {_norm(layer.norm)}",
+        f"`norm` {_norm(layer.norm)}",
         layer.placement,
         layer.placement == "parallel" and ("one norm" if layer.shared_norm else "two norms"),
         layer.residual_from_norm and "residual from the norm",

@@ -296,7 +296,7 @@ def test_the_report(pair):
     assert report.kv_bytes_per_token == 0
     assert set(report.slots) == {"qkv", "attention", "out", "norm", "mlp", "head"}
     assert report.slots["attention"] == "full_attention, in both directions, 6 heads of 12"
-    assert "activate, gelu, add_norm" in report.slots["head"]
+    assert ", gelu, norm, " in report.slots["head"]
     assert "cache       none, at most 40 tokens a text" in str(report)
     assert "layers      3 of 3 replaced\n" in str(report)
     assert "3 x Block(" in repr(engine)

@@ -372,7 +372,7 @@ def test_the_report(pair):
         ("gpt2", "rotary", "only fills the cache"),
         ("mixtral", "mlp", "silu, gate stacked on up, 2 of 5 experts a token"),
         ("qwen3", "attention", "6 heads over 2 of 20, norms of q and k"),
-        ("opt-350m", "norm", "LayerNorm with the residual added, placement post"),
+        ("opt-350m", "norm", "norm, LayerNorm, placement post"),
     ],
 )
 def test_the_report_tells_families_apart(pair, name, slot, says):

@@ -27,14 +27,20 @@ import triton.language as tl
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.attention import paged_attention
+from headrace.kernels.ops.edits import count, edit
 from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.full_attention import full_attention
-from headrace.kernels.ops.norm import add_norm, norm
+from headrace.kernels.ops.linear import linear, share_norm
+from headrace.kernels.ops.norm import norm
+from headrace.kernels.ops.placement import EXPECTED, place
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
-from headrace.kernels.ops.sampling import draw
+from headrace.kernels.ops.sampling import choose
+from headrace.kernels.ops.self_attention import rotate_and_attend
 from headrace.kernels.spec import AttentionSpec, RotarySpec
+from tests.kernels.test_edits import make_tables
 from tests.kernels.test_pairs import ACTIVATIONS, CROWDS, NORMS, QK_NORMS, make_experts
 from tests.kernels.test_pairs_attention import EXTRAS, make_spec
+from tests.kernels.test_pairs_linear import AROUND, FEW, SKINNY, make
 from tests.kernels.test_sampling_gpu import make_rows
 from tests.support.batches import make_batch
 from tests.support.kernels import Kernels
@@ -50,27 +56,37 @@ def norm_cases() -> Iterator[Case]:
     """Rows of a part of a tile, of one value, of one value more than a tile; no row; rows out of wider ones."""
     shapes = [*product(DTYPES, [(3, 1000)], NORMS), *product([BFLOAT], [(1, 1), (2, 4097), (0, 8)], ["rms", "layer"])]
     for dtype, shape, name in shapes:
-        yield f"{name} {dtype} {shape}", lambda run, case=(dtype, shape, name): _norm(run, norm, *case)
+        yield f"{name} {dtype} {shape}", lambda run, case=(dtype, shape, name): _norm(run, *case)
     yield "heads of wider rows", _norm_of_heads
 
 
-def add_norm_cases() -> Iterator[Case]:
-    """As for `norm`, with a residual."""
-    for dtype, shape, name in [*product(DTYPES, [(3, 1000)], NORMS), *product([HALF], [(1, 1), (2, 4097)], ["layer"])]:
-        yield f"{name} {dtype} {shape}", lambda run, case=(dtype, shape, name): _norm(run, add_norm, *case)
-
-
-def _norm(run: Kernels, op: Callable[..., Any], dtype: torch.dtype, shape: tuple[int, int], name: str) -> None:
+def _norm(run: Kernels, dtype: torch.dtype, shape: tuple[int, int], name: str) -> None:
     spec = NORMS[name]
     weight = torch.randn(shape[1]).to(dtype) if spec.affine else None
     bias = torch.randn(shape[1]).to(dtype) if name == "layer" else None
-    rows = [torch.randn(shape).to(dtype) for _ in range(1 if op is norm else 2)]
-    run(op, *rows, weight, bias, spec)
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    run(norm, x, weight, bias, spec)
+    run(norm, x, weight, bias, spec, residual=residual)
 
 
 def _norm_of_heads(run: Kernels) -> None:
     rows = torch.randn(3, 5, 33).to(run.device)
     run(norm, rows[:, 2:], torch.randn(33), None, NORMS["rms"])
+
+
+def linear_cases() -> Iterator[Case]:
+    """Parts of tiles in each direction, depths in parts, one row and many, no row; all that comes before and after."""
+    for case in [*product([HALF], [*FEW, *SKINNY, (0, 10, 72)], ["all"]), *product([FLOAT], FEW[:2], AROUND)]:
+        given = make(*case)
+        arguments = [given.pop(name) for name in ("x", "weight", "bias")]
+        yield str(case), lambda run, arguments=arguments, given=given: run(linear, *arguments, **given)
+
+
+def share_norm_cases() -> Iterator[Case]:
+    """One row, and several."""
+    for dtype, rows in product(DTYPES, (1, 3)):
+        given = make(dtype, (rows, 10, 1001), "layer")
+        yield f"{dtype} {rows} rows", lambda run, given=given: run(share_norm, given["x"], given["before"])
 
 
 def activate_cases() -> Iterator[Case]:
@@ -84,20 +100,40 @@ def activate_cases() -> Iterator[Case]:
         yield name_of_case, lambda run, x=x, name=name, gated=gated: run(activate, x, name, gated=gated)
 
 
-def draw_cases() -> Iterator[Case]:
-    """Vocabularies short of a tile, one more than a tile, in parts; one row, the last of several; filters and none."""
-    for count, vocab, settings in [
-        (1, 5, {}),
-        (1, 1025, {"temperature": 0.5}),
-        (3, 20_003, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}),
-        (3, 20_003, {"top_k": 3000}),
-        (7, 1001, {"min_p": 0.05}),
-        (300, 1001, {}),
+def choose_cases() -> Iterator[Case]:
+    """Vocabularies short of a tile, one more than a tile, in parts; one row and many; filters that list few tokens,
+    many, and more than the list holds; no settings."""
+    for size, vocab, dtype, settings in [
+        (1, 5, FLOAT, {}),
+        (1, 1025, BFLOAT, {"temperature": 0.5}),
+        (3, 20_003, HALF, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}),
+        (3, 20_003, FLOAT, {"top_k": 3000}),
+        (3, 20_003, BFLOAT, {"top_p": 0.9}),
+        (7, 1001, FLOAT, {"min_p": 0.05}),
+        (300, 1001, BFLOAT, {"top_p": 0.5}),
     ]:
-        logits, rows = torch.randn(count, vocab), make_rows(count, **settings)
-        drawn = torch.arange(count - 1, -1, -2)
-        arguments = (logits, logits.amax(-1), dataclasses.replace(rows, temperature=torch.ones(count)), drawn)
-        yield f"{count} rows of {vocab}, {settings}", lambda run, arguments=arguments: run(draw, *arguments)
+        arguments = torch.randn(size, vocab).to(dtype), make_rows(size, **settings)
+        yield f"{size} rows of {vocab}, {dtype}, {settings}", lambda run, arguments=arguments: run(choose, *arguments)
+    alike = torch.zeros(3, 20_003)
+    yield "all alike", lambda run: run(choose, alike, make_rows(3, top_k=100, top_p=0.5))
+    yield "all greedy", lambda run: run(choose, alike)
+
+
+def edit_cases() -> Iterator[Case]:
+    """Vocabularies short of a tile and of several; lists short of a loop's part and of several; the last row last."""
+    for vocab, dtype, seen in [*product([5, 2050], DTYPES, [True]), (2050, BFLOAT, False)]:
+        arguments = torch.randn(5, vocab).to(dtype), make_tables(vocab, seen=seen), torch.tensor([1, 2, 0, 0, 3])
+        positions = torch.arange(5)
+        name = f"{vocab} {dtype}, penalties: {seen}"
+        yield name, lambda run, arguments=arguments, positions=positions: run(edit, *arguments, positions)
+
+
+def count_cases() -> Iterator[Case]:
+    """The first token of the first row, the last of the last, and none, in every order."""
+    tables = make_tables(50)
+    for chosen, rows in product([(49, -1, 0), (-1, 0, 49)], [(3, 0, 1), (0, 1, 3), (1, 3, 0)]):
+        arguments = torch.tensor(chosen), tables, torch.tensor(rows)
+        yield f"{chosen} of rows {rows}", lambda run, arguments=arguments: run(count, *arguments)
 
 
 def experts_cases() -> Iterator[Case]:
@@ -192,6 +228,38 @@ def _paged(
         run(paged_attention, q_thd, keys, values, batch, spec, table)
 
 
+def rotate_and_attend_cases() -> Iterator[Case]:
+    """Decodes alone: every head size, every tile, everything that is added to scores; the last slot is written."""
+    for case in [
+        *product([HALF], HEADS, ["decodes"], ["plain"], ["no-norm"]),
+        *product([HALF], [USUAL], ["decodes"], [extra for extra in EXTRAS if extra != "cross"], ["rms"]),
+        *product([BFLOAT], [USUAL], ["token", "long decode"], ["plain"], ["unit-offset"]),
+        (FLOAT, HEADS[-1], "decodes", "plain", "layer"),
+        (BFLOAT, (71, 1, 64), "decodes", "plain", "no-norm"),
+    ]:
+        yield " ".join(map(str, case)), lambda run, case=case: _rotate_and_attend(run, *case)
+
+
+def _rotate_and_attend(
+    run: Kernels, dtype: torch.dtype, heads: tuple[int, int, int], lens_name: str, extra: str, norm_name: str
+) -> None:
+    spec = dataclasses.replace(make_spec(heads, extra), qk_norm=QK_NORMS[norm_name])
+    lens = LENS[lens_name]
+    scattered = make_batch(lens, block_size=16, num_blocks=8 * -(-max(context for _, context in lens) // 16))
+    qkv = torch.randn(len(lens), spec.qkv_size).to(dtype)
+    table = torch.randn(32, spec.num_heads).to(dtype) if spec.relative else None
+    settings: dict[str, Any] = {"cos_sin": torch.randn(len(lens), 2, spec.head_dim // 2)}
+    if spec.qk_norm is not None and spec.qk_norm.affine:
+        settings |= {weight: torch.rand(spec.head_dim).to(dtype) for weight in ("q_norm", "k_norm")}
+    for row in range(len(lens)):
+        batch, num_slots = _ending_with(scattered, row)
+        ends = torch.tensor(batch.context_lens_host) - 1
+        slots = batch.block_tables.long().gather(1, ends[:, None] // 16)[:, 0] * 16 + ends % 16
+        batch = dataclasses.replace(batch, slots=slots)
+        keys, values = (torch.randn(num_slots, spec.num_kv_heads, spec.head_dim).to(dtype) for _ in range(2))
+        run(rotate_and_attend, qkv, batch, keys, values, spec, table, **settings)
+
+
 def _ending_with(batch: Batch, row: int) -> tuple[Batch, int]:
     """The batch with its blocks renumbered so that a row's context ends the cache, and the slots that the cache has."""
     context, size = batch.context_lens_host[row], batch.block_size
@@ -236,16 +304,31 @@ def _sum(x, out, size, BLOCK: tl.constexpr):  # noqa: N803  # constants of a ker
     tl.store(out, tl.sum(tl.load(x + place, mask=place < size, other=0.0), axis=0))
 
 
+def place_cases() -> Iterator[Case]:
+    """The last entry of the last row's table, and none that is expected beyond its row."""
+    for num_rows, width in [(1, 1), (3, 5), (4, 1500)]:
+        rows = torch.arange(num_rows).flip(0)
+        tables, last_tokens = torch.ones(num_rows, width, dtype=torch.int32), torch.arange(num_rows)
+        tokens, positions = torch.full((num_rows,), EXPECTED), torch.full((num_rows,), width * 16 - 1)
+        arguments = tokens, positions, rows, tables, last_tokens, 16
+        yield f"{num_rows} tables of {width}", lambda run, arguments=arguments: run(place, *arguments)
+
+
 # op -> its cases
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "activate": activate_cases,
-    "add_norm": add_norm_cases,
-    "draw": draw_cases,
+    "choose": choose_cases,
+    "count": count_cases,
+    "edit": edit_cases,
     "experts": experts_cases,
     "full_attention": full_attention_cases,
+    "linear": linear_cases,
     "norm": norm_cases,
     "paged_attention": paged_attention_cases,
+    "place": place_cases,
+    "rotate_and_attend": rotate_and_attend_cases,
     "rotate_and_cache": rotate_and_cache_cases,
+    "share_norm": share_norm_cases,
 }
 
 

@@ -12,7 +12,7 @@ from headrace.kernels.batch import Batch
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.attention import paged_attention
 from headrace.kernels.ops.linear import linear, pack_weight
-from headrace.kernels.ops.norm import add_norm
+from headrace.kernels.ops.norm import norm
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
 from headrace.kernels.spec import Alibi, AttentionSpec, NormSpec, RotarySpec
 from tests.support.batches import make_batch
@@ -197,7 +197,7 @@ def test_queries_and_keys_are_normalized_each_head_alone(dtype):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", [(1, 8), (5, 72), (3, 1000)])
 @pytest.mark.parametrize("kind", ["rms", "unit offset", "layer", "plain layer"])
-def test_norm_adds_the_residual_first(dtype, shape, kind):
+def test_norm_adds_the_residual_last(dtype, shape, kind):
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     weight, bias = torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)
     spec = NormSpec(
@@ -206,9 +206,8 @@ def test_norm_adds_the_residual_first(dtype, shape, kind):
         unit_offset=kind == "unit offset",
         affine="plain" not in kind,
     )
-    for before in (residual, None):
-        total = x if before is None else x + before
-        wide = total.double()
+    for after in (residual, None):
+        wide = x.double()
         if spec.kind == "layer":
             wide = wide - wide.mean(-1, keepdim=True)
         expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -216,8 +215,10 @@ def test_norm_adds_the_residual_first(dtype, shape, kind):
             expected = expected * (weight.double() + spec.unit_offset)
         if kind == "layer":
             expected = expected + bias.double()
-        found, carried = add_norm(x, before, weight if spec.affine else None, bias if kind == "layer" else None, spec)
-        assert torch.equal(carried, total)
+        if after is not None:
+            expected = expected + after.double()
+        given = weight if spec.affine else None, bias if kind == "layer" else None
+        found = norm(x, *given, spec, residual=after)
         torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
 

@@ -20,7 +20,7 @@ import torch
 from headrace.kernels import ops
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.experts import experts
-from headrace.kernels.ops.norm import add_norm, norm
+from headrace.kernels.ops.norm import norm
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
 from headrace.kernels.spec import Activation, AttentionSpec, ExpertsSpec, MLPSpec, NormSpec, RotarySpec
 from tests.support.kernels import Kernels, cases, to_device
@@ -65,13 +65,18 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
             assert inspect.signature(getattr(reference, op)) == inspect.signature(getattr(kernel, op)), op
     assert paired_ops() == {
         "activate",
-        "add_norm",
-        "draw",
+        "choose",
+        "count",
+        "edit",
         "experts",
         "full_attention",
+        "linear",
         "norm",
         "paged_attention",
+        "place",
+        "rotate_and_attend",
         "rotate_and_cache",
+        "share_norm",
     }
 
 
@@ -110,19 +115,7 @@ def test_norm(kernels: Kernels, case):
     if shape[1] == 1 and spec.kind == "layer":
         expected = torch.zeros(shape) if bias is None else bias.float().expand(shape)
     check(kernels(norm, x, weight, bias, spec), expected, dtype)
-    # What is normalized is the sum as it is carried on, rounded.
-    found, total = kernels(add_norm, x, residual, weight, bias, spec)
-    check(total, x.float() + residual.float(), dtype)
-    check(found, norm(total.float(), wide(weight), wide(bias), spec), dtype)
-
-
-@cases([torch.bfloat16])
-def test_what_is_normalized_is_what_is_carried_on(kernels: Kernels, case):
-    # In eight digits 256 + 1 is 256: all values are the same then, and nothing is left when their mean is gone.
-    x, residual = torch.full((1, 64), 256.0, dtype=case), (torch.arange(64) % 2)[None].to(case)
-    found, total = kernels(add_norm, x, residual, None, None, NORMS["plain-layer"])
-    assert torch.equal(total, x)
-    assert not found.any()
+    check(kernels(norm, x, weight, bias, spec, residual=residual), expected + residual.float(), dtype)
 
 
 @cases(["every other row", "part of a row", "heads"])

@@ -172,15 +172,6 @@ def test_queries_may_be_part_of_a_wider_tensor(kernels: Kernels, case):
     check(kernels(paged_attention, queries, keys, values, batch, spec), expected, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("programs", "capacity", "expected"), [(8, 131072, 32), (8, 128, 2), (64, 131072, 4), (300, 131072, 1), (1, 1, 1)]
-)
-def test_contexts_are_cut_to_fill_a_gpu_but_no_finer_than_their_tiles(programs, capacity, expected):
-    from headrace.kernels.ops.attend_triton import num_splits
-
-    assert num_splits(programs, capacity, columns=64) == expected
-
-
 # --------------------------------------------------------------------------------------------------------- whole texts
 
 

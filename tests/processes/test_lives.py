@@ -43,6 +43,9 @@ def test_people_hear_how_far_the_loading_is(pool, run_dir):
     assert loading[-1] == (7, 7)
     assert [done for done, _ in loading] == sorted(done for done, _ in loading)
     assert groups.kinds("a") == ["starting", "warming", "ready"]
+    start = groups.event("a", "ready").start
+    assert [phase.name for phase in start.phases] == ["imports", "weights", "memory", "kernels", "broker"]
+    assert all(phase.seconds >= 0 for phase in start.phases)
     assert all(event.text for event in groups.events)
 
 

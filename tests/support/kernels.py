@@ -29,6 +29,10 @@ class Kernels:
             pytest.skip(f"kernels are {'interpreted' if interpreting else 'compiled'} in this run (TRITON_INTERPRET)")
         self.device = torch.device("cuda" if place == "cuda" else "cpu")
 
+    def many(self, on_gpu: int, interpreted: int) -> int:
+        """A number that differs, for the interpreter is slow."""
+        return on_gpu if self.device.type == "cuda" else interpreted
+
     def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `op` returns when all of its tensors are on the device."""
         args, kwargs = to_device((args, kwargs), self.device)
@@ -53,7 +57,8 @@ def to_device(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, tuple):
-        return tuple(to_device(item, device) for item in value)
+        items = [to_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)  # it may be a named one
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

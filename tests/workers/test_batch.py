@@ -49,7 +49,8 @@ def check(batch: Batch, plan: Plan) -> None:
     assert int(batch.query_starts[-1]) == token == len(batch.token_ids)
     assert batch.query_lens == tuple(chunk.num_tokens for chunk in plan.chunks)
     assert batch.num_decodes == sum(chunk.num_tokens == 1 for chunk in plan.chunks)
-    assert batch.logits_rows.tolist() == ends
+    each = list(range(len(batch.token_ids)))
+    assert (each if batch.logits_rows is None else batch.logits_rows.tolist()) == ends
     assert batch.block_size == BLOCK
 
 
@@ -63,14 +64,14 @@ def test_a_batch_says_of_each_token_where_it_is(sizes, num_blocks, budget):
     scheduler = Scheduler(
         num_blocks=num_blocks, block_size=BLOCK, max_num_seqs=4, max_batch_tokens=budget, max_model_len=64
     )
-    builder = BatchBuilder(num_rows=4, max_blocks=16, block_size=BLOCK)
+    builder = BatchBuilder(num_rows=4, max_blocks=16, block_size=BLOCK, last_tokens=torch.zeros(5, dtype=torch.int64))
     for index, (length, max_tokens) in enumerate(sizes):
         if length + max_tokens <= scheduler.kv_tokens:
             scheduler.add(make_sequence(index, length, max_tokens))
     while (plan := scheduler.schedule()).chunks:
         check(builder.build(plan.chunks), plan)
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        scheduler.commit(plan)
+        scheduler.publish(scheduler.advance(plan))
         for sequence in sampling:
             if sequence.append(7) is not None:
                 scheduler.remove(sequence)
@@ -86,6 +87,10 @@ def test_a_batch_says_of_each_token_where_it_is(sizes, num_blocks, budget):
         ("block_size", True),
         ("kv_tokens", 0),
         ("kv_tokens", 15),
+        ("gpu_memory_utilization", 0.0),
+        ("gpu_memory_utilization", 1.01),
+        ("gpu_memory_utilization", True),
+        ("gpu_memory_utilization", "0.9"),
         ("device", "tpu"),
         ("device", "cuda:x"),
     ],

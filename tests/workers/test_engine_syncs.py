@@ -15,7 +15,7 @@ import torch
 from headrace.messages import Assignment
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
-from headrace.workers.sampler import Sampler
+from headrace.workers.sampler import Choices
 from tests.support.engines import Outcome, assign, run
 from tests.support.tiny_models import save_model, save_t5
 
@@ -57,14 +57,14 @@ def sync_mode(mode: str) -> Iterator[None]:
 
 @pytest.fixture
 def nothing_waits(monkeypatch):
-    """From here on whatever waits is an error, but for the sampler's reading of tokens."""
-    read = Sampler._read
+    """From here on whatever waits is an error, but for the reading of tokens."""
+    read = Choices.read
 
-    def allowed(*args):
+    def allowed(choices):
         with sync_mode("default"):
-            return read(*args)
+            return read(choices)
 
-    monkeypatch.setattr(Sampler, "_read", staticmethod(allowed))
+    monkeypatch.setattr(Choices, "read", allowed)
     return lambda: sync_mode("error")
 
 

@@ -1,4 +1,4 @@
-"""Decode steps at fixed addresses: the tokens of the engine as it is, whatever comes, goes and fills a batch up.
+"""Steps at fixed addresses: the tokens of the engine as it is, whatever comes, goes and fills a batch up.
 
 Here the step is computed again and again as a graph computes it, by the kernels, which Triton interprets; that it can
 be captured is for a GPU to show.
@@ -12,7 +12,7 @@ import torch
 from headrace.kernels.ops.pair import kernels_on_cpu
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
-from headrace.workers.graphs import DecodeGraphs, StaticDecode, sizes_up_to
+from headrace.workers.graphs import StaticDecodes, StepGraphs
 from tests.support.engines import assign, generate, run
 from tests.support.kernels import Kernels
 from tests.support.tiny_models import save_model, save_t5
@@ -23,15 +23,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 PROMPTS = [[5], list(range(60, 73)), [9, 9]]
 
 
-class _Computed(DecodeGraphs):
-    """As a graph, without one: the same step on the same tensors."""
+class _Computed(StepGraphs):
+    """As graphs, without any: the same steps on the same tensors."""
 
-    def run(self, chunks):
-        size = next(size for size in self.sizes if size >= len(chunks))
-        self._step.fill(chunks, size)
-        self.replays += 1
+    def _replay(self, kind, size):
         with kernels_on_cpu():
-            return self._step.compute(size)[: len(chunks)]
+            return kind.compute(size)
 
 
 def load(folder, **config) -> Engine:
@@ -43,16 +40,7 @@ def load(folder, **config) -> Engine:
 
 
 def with_static_steps(engine: Engine) -> Engine:
-    runner = engine._runner
-    length = runner._max_model_len
-    step = StaticDecode(
-        runner.model,
-        runner.kv,
-        num_rows=runner._num_rows,
-        max_blocks=-(-length // runner.kv.block_size),
-        max_model_len=length,
-    )
-    runner._graphs = _Computed(step, runner._num_rows)
+    engine._runner._graphs = _Computed(engine._runner.static_steps())
     return engine
 
 
@@ -66,6 +54,40 @@ def test_tokens_are_those_of_the_engine_without(tmp_path, family):
     assert engine.load_gauges()["graph_replays"] >= 3
     # Rows are used again, by sequences with other blocks.
     assert generate(engine, PROMPTS[::-1], max_tokens=5) == expected[::-1]
+
+
+def test_a_step_of_nobody(tmp_path):
+    """So they are captured: all that is computed fills up, and reads no more of its table than there is."""
+    save_model(tmp_path)
+    for kind in load(tmp_path, max_num_seqs=3, max_model_len=8, kv_tokens=8)._runner.static_steps():
+        size = kind.sizes[0]
+        kind.fill((), size)
+        with kernels_on_cpu():
+            computed = kind.compute(size)
+        assert computed.logits.isfinite().all()
+        inputs = kind._inputs[3 * size :][: 3 * 4 + 1]
+        assert isinstance(kind, StaticDecodes) or inputs[5:9].max() <= 8, "a context beyond the table"
+        assert (computed.tokens >= 0).all()
+
+
+def test_as_many_rows_as_tokens_of_a_prompt_step(tmp_path):
+    """The logits of a step with prompts are those of its sequences' last tokens, also if it has no more tokens than
+    there are rows."""
+    save_model(tmp_path)
+    limits = {"max_model_len": 32, "max_batch_tokens": 16, "max_num_seqs": 16}
+    expected = generate(load(tmp_path, **limits), PROMPTS[:2], max_tokens=3)
+    assert generate(with_static_steps(load(tmp_path, **limits)), PROMPTS[:2], max_tokens=3) == expected
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_prompts_in_chunks_beside_decodes(tmp_path, ahead):
+    """Steps of seven tokens: prompts begin and end anywhere in them, and decodes are among them."""
+    save_model(tmp_path)
+    limits = {"max_model_len": 32, "max_batch_tokens": 7}
+    expected = generate(load(tmp_path, **limits), PROMPTS, max_tokens=5)
+    engine = with_static_steps(load(tmp_path, **limits, async_scheduling=ahead))
+    assert generate(engine, PROMPTS, max_tokens=5) == expected
+    assert engine.load_gauges()["graph_replays"] == engine.steps, "every step is one that could be a graph"
 
 
 def test_preempted_sequences_show_their_new_blocks(tmp_path):
@@ -99,8 +121,8 @@ def test_without_room_for_graphs_steps_are_computed_without(tmp_path, monkeypatc
     def no_room(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr(runner, "can_capture", True)
-    monkeypatch.setattr(runner, "_captured", no_room)
+    monkeypatch.setattr(runner, "on_gpu", True)
+    monkeypatch.setattr(StepGraphs, "capture", no_room)
     engine.warm_up()
     assert "no memory for CUDA graphs (CUDA out of memory" in caplog.text
     assert len(generate(engine, PROMPTS[:1], max_tokens=3)[0]) == 3
@@ -111,5 +133,17 @@ def test_without_room_for_graphs_steps_are_computed_without(tmp_path, monkeypatc
     ("rows", "sizes"),
     [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20]), (32, [1, 2, 4, 8, 16, 24, 32])],
 )
-def test_sizes(rows, sizes):
-    assert sizes_up_to(rows) == sizes
+def test_sizes_of_decodes(tmp_path, rows, sizes):
+    save_model(tmp_path)
+    decodes, _ = load(tmp_path, max_num_seqs=rows)._runner.static_steps()
+    assert list(decodes.sizes) == sizes
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "sizes"),
+    [(8, [8]), (64, [16, 64]), (200, [16, 64, 128, 200]), (8192, [16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048])],
+)
+def test_sizes_of_prompts(tmp_path, max_tokens, sizes):
+    save_model(tmp_path)
+    _, prompts = load(tmp_path, max_batch_tokens=max_tokens)._runner.static_steps()
+    assert list(prompts.sizes) == sizes

@@ -68,6 +68,23 @@ def emitted(actions):
     return [a.event for a in actions if isinstance(a, Emit)]
 
 
+def test_readiness_tells_where_the_time_of_the_start_went():
+    stage = Stage(ranks=2)
+    stage.feed(Tick())
+    stage.say(1, "warm", phases=[["imports", 2.0, 0]])
+    stage.say(0, "warm", phases=[["imports", 3.0, 0], ["weights", 1.0, 99]])  # the rank for which all others wait
+    stage.feed(Tick(), after=0.5)
+    [event] = emitted(stage.say(0, "ready"))
+    assert [(phase.name, phase.seconds, phase.amount) for phase in event.start.phases] == [
+        ("imports", 3.0, 0),
+        ("weights", 1.0, 99),
+        ("broker", 0.5, 0),
+    ]
+    stage.say(0, "waiting")
+    [event] = emitted(stage.say(0, "ready"))
+    assert event.start is None  # the broker came back; nothing was started
+
+
 def test_a_group_comes_up_step_by_step_and_serves_once_all_ranks_are_warm():
     stage = Stage(ranks=2)
     assert Start() in stage.feed(Tick())

@@ -36,9 +36,6 @@ def make_rows(count: int, **values) -> op.SamplingRows:
         seeds=column("seeds", 7, torch.int64),
         choices=column("choices", 0, torch.int64),
         positions=column("positions", 0, torch.int64),
-        drawn=temperature.nonzero()[:, 0],
-        max_top_k=int(top_k.max()),
-        any_top_p=bool((top_p < 1).any()),
         **extra,
     )
 
@@ -276,11 +273,11 @@ def make_sequence(
 
 
 def choose(sampler: Sampler, logits: list[list[float]], *sequences: Sequence) -> list[int | None]:
-    return [choice.token for choice in sampler.choose(torch.tensor(logits), sequences)]
+    return [choice.token for choice in sampler.choose(torch.tensor(logits), sequences).read()]
 
 
 def test_end_tokens_are_held_back_until_min_tokens():
-    sampler = Sampler(num_rows=2)
+    sampler = Sampler(num_rows=2, vocab=4)
     sequence = make_sequence(1, stop_ids=(0, 3), temperature=0.0, min_tokens=2)
     tokens = []
     for _ in range(3):
@@ -291,13 +288,13 @@ def test_end_tokens_are_held_back_until_min_tokens():
 
 
 def test_logit_bias_can_force_a_token_but_not_an_end_before_min_tokens():
-    sampler = Sampler(num_rows=1)
+    sampler = Sampler(num_rows=1, vocab=4)
     sequence = make_sequence(0, stop_ids=(2,), temperature=0.0, min_tokens=1, logit_bias={2: 100.0, 1: 50.0})
     assert choose(sampler, [[0.0, 0.0, 0.0]], sequence) == [1]
 
 
 def test_penalties_count_prompt_and_output_as_the_rules_say():
-    sampler = Sampler(num_rows=3)
+    sampler = Sampler(num_rows=3, vocab=4)
     logits = [[0.0, 3.0, 2.9, 2.8]]
     assert choose(sampler, logits, make_sequence(0, temperature=0.0, presence_penalty=2.0)) == [1]
     assert choose(sampler, logits, make_sequence(0, temperature=0.0, repetition_penalty=1.5)) == [3]
@@ -310,7 +307,7 @@ def test_penalties_count_prompt_and_output_as_the_rules_say():
 
 
 def test_output_of_an_earlier_attempt_counts_for_penalties_and_min_tokens():
-    sampler = Sampler(num_rows=2)
+    sampler = Sampler(num_rows=2, vocab=4)
     settings = {"temperature": 0.0, "frequency_penalty": 0.5, "min_tokens": 3, "stop_ids": (1,)}
     whole = make_sequence(0, **settings)
     tokens = []
@@ -325,15 +322,15 @@ def test_output_of_an_earlier_attempt_counts_for_penalties_and_min_tokens():
 
 
 def test_a_row_forgets_its_former_sequence():
-    sampler = Sampler(num_rows=1)
+    sampler = Sampler(num_rows=1, vocab=4)
     assert choose(sampler, [[1.0, 2.0]], make_sequence(0, temperature=0.0, logit_bias={0: 9.0})) == [0]
     assert choose(sampler, [[1.0, 2.0]], make_sequence(0, temperature=0.0)) == [1]
 
 
 def test_each_row_gets_as_many_logprobs_as_it_asked_for():
-    sampler = Sampler(num_rows=4)
+    sampler = Sampler(num_rows=4, vocab=4)
     sequences = [make_sequence(row, temperature=0.0, logprobs=count) for row, count in enumerate([None, 0, 2, 3])]
-    choices = sampler.choose(torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 4), sequences)
+    choices = sampler.choose(torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 4), sequences).read()
     found = [None if choice.logprobs is None else len(choice.logprobs[1]) for choice in choices]
     assert found == [None, 0, 2, 3]
     logprob, top = choices[2].logprobs
@@ -342,6 +339,6 @@ def test_each_row_gets_as_many_logprobs_as_it_asked_for():
 
 
 def test_no_token_comes_from_a_row_that_holds_no_numbers():
-    sampler = Sampler(num_rows=2)
+    sampler = Sampler(num_rows=2, vocab=4)
     sequences = [make_sequence(0, temperature=0.0), make_sequence(1, logprobs=1)]
     assert choose(sampler, [[math.nan, 1.0], [math.nan, 1.0]], *sequences) == [None, None]

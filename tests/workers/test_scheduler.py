@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from headrace.errors import ContextLengthError
 from headrace.messages import StreamId
 from headrace.sampling import SamplingParams
-from headrace.workers.scheduler import Plan, Scheduler
+from headrace.workers.scheduler import Filled, Plan, Scheduler
 from headrace.workers.sequence import Sequence
 
 VOCAB = 50
@@ -24,9 +25,10 @@ def next_token(history: array[int]) -> int:
     return hashlib.blake2b(history.tobytes(), digest_size=4).digest()[0] % VOCAB
 
 
-def undisturbed(prompt: list[int], max_tokens: int, stop: int = -1) -> list[int]:
+def undisturbed(prompt: list[int], max_tokens: int, stops: int = 0) -> list[int]:
+    """The output of a model alone; tokens below `stops` end it."""
     history = array("I", prompt)
-    while len(history) - len(prompt) < max_tokens and (token := next_token(history)) != stop:
+    while len(history) - len(prompt) < max_tokens and (token := next_token(history)) >= stops:
         history.append(token)
     return history[len(prompt) :].tolist()
 
@@ -44,9 +46,13 @@ def make_scheduler(num_blocks: int = 16, block_size: int = 4, **options) -> Sche
 @dataclass
 class Machine:
     """A scheduler with a memory of token ids: what a step computes is read back through the block tables, so a block
-    that is shared wrongly, or reused too early, changes the tokens."""
+    that is shared wrongly, or reused too early, changes the tokens. Tokens may be told up to `ahead` steps late, as a
+    GPU does."""
 
     scheduler: Scheduler
+    ahead: int = 0
+    launched: deque[tuple[list[tuple[Sequence, int]], list[Filled]]] = field(default_factory=deque)
+    last_tokens: dict[int, int] = field(default_factory=dict)  # by row, on the device
     memory: dict[int, int] = field(default_factory=dict)
     outputs: dict[bytes, list[int]] = field(default_factory=dict)
     plans: list[list[tuple[bytes, int]]] = field(default_factory=list)
@@ -67,19 +73,34 @@ class Machine:
         # Like a kernel: first all K/V of the step is written, then everything is read.
         for sequence, count in plan.chunks:
             for position in range(sequence.num_computed, sequence.num_computed + count):
-                self.memory[self.slot(sequence, position)] = sequence.tokens[position]
+                known = position < sequence.num_tokens - sequence.num_expected
+                token = sequence.tokens[position] if known else self.last_tokens[sequence.row]
+                self.memory[self.slot(sequence, position)] = token
         chosen = [
-            next_token(array("I", [self.memory[self.slot(seq, position)] for position in range(seq.num_tokens)]))
+            (seq, next_token(array("I", [self.memory[self.slot(seq, position)] for position in range(seq.num_tokens)])))
             for seq in sampling
         ]
-        self.scheduler.commit(plan)
-        for sequence, token in zip(sampling, chosen, strict=True):
-            if sequence.append(token):
-                self.outputs[sequence.stream.request] = sequence.tokens[sequence.num_prompt :].tolist()
-                self.scheduler.remove(sequence)
-        self.scheduler.validate()
+        self.last_tokens |= {sequence.row: token for sequence, token in chosen}
+        if plan.chunks:
+            self.launched.append((chosen, self.scheduler.advance(plan)))
+        for sequence in sampling:
+            sequence.expect()
+        while len(self.launched) > (self.ahead if plan.chunks else 0):
+            self.read()
         self.plans.append([(chunk.sequence.stream.request, chunk.num_tokens) for chunk in plan.chunks])
         return plan
+
+    def read(self) -> None:
+        """The oldest step that was launched tells its tokens."""
+        chosen, filled = self.launched.popleft()
+        self.scheduler.publish(filled)
+        held = list(self.scheduler)
+        for sequence, token in chosen:
+            if sequence in held and sequence.append(token):
+                output = sequence.tokens[sequence.num_prompt :][: sequence.num_output]
+                self.outputs[sequence.stream.request] = output.tolist()
+                self.scheduler.remove(sequence)
+        self.scheduler.validate()
 
     def slot(self, sequence: Sequence, position: int) -> int:
         size = self.scheduler.block_size
@@ -93,14 +114,15 @@ class Machine:
         assert len({chunk.sequence.stream for chunk in plan.chunks}) == len(counts)
         singles = sum(count == 1 for count in counts)
         assert all(count == 1 for count in counts[:singles]), "single tokens come first"
-        assert plan.chunks or not scheduler.num_running + scheduler.num_waiting, "work is left undone"
+        idle = not scheduler.num_running + scheduler.num_waiting
+        assert plan.chunks or self.launched or idle, "work is left undone"
         for sequence, count in plan.chunks:
             assert 1 <= count <= sequence.num_pending
             assert len(sequence.blocks) * scheduler.block_size >= sequence.num_computed + count
 
     def run(self, limit: int = 10_000) -> None:
         for _ in range(limit):
-            if not self.step().chunks:
+            if not self.step().chunks and not list(self.scheduler):
                 return
         raise AssertionError("no end in sight")
 
@@ -115,6 +137,7 @@ class Scenario:
     max_batch_tokens: int
     prefix_cache: bool
     requests: tuple[tuple[tuple[int, ...], int, int, int], ...]  # prompt, max_tokens, added at, revoked at or -1
+    stops: int  # tokens below it end a text
 
 
 @st.composite
@@ -137,10 +160,11 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         draw(st.integers(1, 40)),
         draw(st.booleans()),
         tuple(requests),
+        draw(st.sampled_from([0, 2, 10])),
     )
 
 
-def simulate(scenario: Scenario) -> Machine:
+def simulate(scenario: Scenario, ahead: int = 0) -> Machine:
     machine = Machine(
         make_scheduler(
             scenario.num_blocks,
@@ -149,9 +173,11 @@ def simulate(scenario: Scenario) -> Machine:
             max_batch_tokens=scenario.max_batch_tokens,
             max_model_len=10_000,
             prefix_cache=scenario.prefix_cache,
-        )
+        ),
+        ahead,
     )
-    sequences = [make_sequence(i, list(req[0]), req[1]) for i, req in enumerate(scenario.requests)]
+    stop_ids = tuple(range(scenario.stops))
+    sequences = [make_sequence(i, list(req[0]), req[1], stop_ids=stop_ids) for i, req in enumerate(scenario.requests)]
     for step in range(32):
         for sequence, (_, _, added, revoked) in zip(sequences, scenario.requests, strict=True):
             if added == step:
@@ -163,16 +189,17 @@ def simulate(scenario: Scenario) -> Machine:
     return machine
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @settings(max_examples=300, deadline=None)
-@given(scenarios())
-def test_everything_ends_with_the_tokens_of_an_undisturbed_run(scenario: Scenario):
-    machine = simulate(scenario)
+@given(scenario=scenarios())
+def test_everything_ends_with_the_tokens_of_an_undisturbed_run(ahead: int, scenario: Scenario):
+    machine = simulate(scenario, ahead)
     for index, (prompt, max_tokens, added, revoked) in enumerate(scenario.requests):
         output = machine.outputs.get(index.to_bytes(16, "big"))
         if output is None:
             assert revoked >= added, "lost without being revoked"
         else:
-            assert output == undisturbed(list(prompt), max_tokens)
+            assert output == undisturbed(list(prompt), max_tokens, scenario.stops)
     assert machine.scheduler.blocks.num_available == scenario.num_blocks
 
 
@@ -335,7 +362,7 @@ def test_a_source_is_encoded_once_in_the_step_in_which_its_sequence_enters():
     assert [chunk.sequence for chunk in plan.chunks] == [first]
     assert plan.num_tokens == 6
     assert len(first.source_blocks) == 2
-    scheduler.commit(plan)
+    scheduler.publish(scheduler.advance(plan))
     first.append(1)
     plan = scheduler.schedule()
     assert plan.encodes == (second,)
@@ -349,7 +376,7 @@ def test_a_source_beyond_the_budget_is_encoded_alone():
     scheduler.add(large)
     plan = scheduler.schedule()
     assert plan.encodes == (small,)
-    scheduler.commit(plan)
+    scheduler.publish(scheduler.advance(plan))
     assert small.append(1) == "length"
     scheduler.remove(small)
     assert scheduler.schedule().encodes == (large,)
@@ -365,7 +392,7 @@ def test_a_preempted_sequence_gives_up_its_source_and_encodes_it_again():
         plan = scheduler.schedule()
         scheduler.validate()
         seen += plan.encodes
-        scheduler.commit(plan)
+        scheduler.publish(scheduler.advance(plan))
         for sequence in [chunk.sequence for chunk in plan.chunks if chunk.sequence.num_pending == 0]:
             if sequence.append(1) is not None:
                 scheduler.remove(sequence)

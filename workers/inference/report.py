@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from headrace.kernels.linear import Linear
 from headrace.kernels.model import Model
 from headrace.kernels.spec import AttentionSpec, HeadSpec, LayerSpec, MLPSpec, RotarySpec
+from headrace.kernels.tuning import MOST_ROWS
 from headrace.workers.inference.kind import Kind
 from headrace.workers.inference.tasks import head_parts
 
@@ -120,7 +121,7 @@ def _slots(model: Model) -> dict[str, str]:
 
 def _head(spec: HeadSpec, model: Model, linear: str) -> str:
     copied = spec.tied and model.head is not None and model.head.weight is not model.embedding.weight
-    transform = f"{linear}, activate, {spec.transform.activation}, add_norm, " if spec.transform else ""
+    transform = f"{linear}, {spec.transform.activation}, norm, " if spec.transform else ""
     tied = ", tied" if spec.tied else ""
     return transform + linear + tied + (" (packed, so a copy of the embedding)" if copied else "")
 
@@ -132,7 +133,7 @@ def _each(texts: Iterable[str]) -> str:
 def _linear(model: Model) -> str:
     weight = next(module for module in model.modules() if isinstance(module, Linear)).weight
     if weight.is_cuda:
-        return "linear (cuBLAS)"
+        return f"linear (Triton up to {MOST_ROWS} rows, cuBLAS above)"
     return "linear (oneDNN, packed)" if weight.is_mkldnn else "linear (PyTorch)"
 
 
@@ -166,7 +167,7 @@ def _cross(spec: AttentionSpec) -> str:
 
 def _norm(layer: LayerSpec) -> str:
     kind = {"rms": "RMSNorm", "layer": "LayerNorm"}[layer.norm.kind]
-    return f"add_norm, {kind} with the residual added, placement {layer.placement}"
+    return f"norm, {kind}, placement {layer.placement}"
 
 
 def _mlp(spec: MLPSpec, linear: str) -> str:

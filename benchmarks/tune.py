@@ -1,0 +1,298 @@
+"""Finds the tiles of products of a few rows on this GPU, for the shapes of well-known models, and stores them.
+
+    python -m benchmarks.tune                               all models; writes kernels/tuned/<name of the GPU>.json
+    python -m benchmarks.tune --model llama-8b --rows 1     some of it; what else the table holds stays
+
+Each candidate is timed as decode steps run it: launch after launch in a CUDA graph, with what comes before and after
+the product, and with another weight every time, so that it comes from memory and not from the L2 cache. GB/s are those
+of the weight alone.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+
+# name -> class of transformers, and the sizes of the checkpoint of that name
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-8b": (
+        "Llama",
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"vocab_size": 128256},
+    ),
+    "llama-1b": (
+        "Llama",
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"vocab_size": 128256},
+    ),
+    "qwen-0.5b": (
+        "Qwen2",
+        {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+        | {"vocab_size": 151936},
+    ),
+    "gpt2-xl": ("GPT2", {"n_embd": 1600, "n_head": 25}),
+    "opt-6.7b": ("OPT", {"hidden_size": 4096, "ffn_dim": 16384, "num_attention_heads": 32}),
+    "gpt-j-6b": ("GPTJ", {"n_embd": 4096, "n_head": 16, "rotary_dim": 64}),
+    "pythia-6.9b": ("GPTNeoX", {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}),
+    "bloom-7b1": ("Bloom", {"hidden_size": 4096, "n_head": 32}),
+    "falcon-7b": ("Falcon", {}),
+    "t5-3b": ("T5", {"d_model": 1024, "d_ff": 16384, "d_kv": 128, "num_heads": 32, "num_layers": 2}),
+    "bert-large": ("Bert", {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}),
+}
+_HEADS = {"T5": "ForConditionalGeneration", "OPT": "ForCausalLM", "Bert": "ForMaskedLM"}
+_HEAD_MODELS = {"GPT2": "GPT2LMHeadModel"}
+
+# Depths and warps of a program whose threads each load 16 bytes of a row at once, or 32.
+_GEMV_DEPTHS = [(256, 1), (512, 2), (1024, 4), (2048, 8), (512, 1), (2048, 4)]
+# By the most rows for which they are tried: rows of the weight, depth, warps and stages.
+_SKINNY = {
+    16: [(64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3)],
+    64: [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 8, 3)],
+    128: [(64, 128, 4, 3), (128, 64, 8, 4), (64, 64, 4, 4)],
+}
+_SKINNY_GATED = {
+    16: [(64, 128, 4, 3), (64, 64, 4, 5)],
+    64: [(64, 64, 4, 4), (64, 128, 4, 3)],
+    128: [(64, 64, 8, 3)],
+}
+_WEIGHT_BYTES = 2.2e9  # of which weights are cut; a head may take most of it
+_MOST_COPIES = 24
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of a model, with what is around it."""
+
+    n: int
+    k: int
+    gated: bool
+    norm: Any = field(compare=False, default=None)
+    activation: Any = field(compare=False, default=None)
+    bias: bool = field(compare=False, default=False)
+    residual: bool = field(compare=False, default=False)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a product of so many rows."""
+
+    product: Product
+    rows: int
+    tiles: Any
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), help="Repeatable; default all.")
+@click.option("--rows", "rows", multiple=True, type=int, default=(1, 2, 4, 16, 32, 64, 128), help="Repeatable.")
+@click.option("--workers", default=os.cpu_count() or 1, help="Processes that compile.")
+@click.option("--table", "path", type=click.Path(path_type=Path), help="File.  [default: that of this GPU]")
+def main(models: tuple[str, ...], rows: tuple[int, ...], workers: int, path: Path | None) -> None:
+    """Measure tiles and store the best."""
+    import torch
+
+    from headrace.kernels.tuning import table_name
+
+    if not torch.cuda.is_available():
+        raise click.UsageError("Tiles are measured on a CUDA GPU, and there is none here.")
+    gpu = torch.cuda.get_device_name()
+    path = path or Path(__file__).parents[1] / "kernels/tuned" / table_name(gpu)
+    products = list(dict.fromkeys(found for name in models or MODELS for found in products_of(name)))
+    candidates = [way for found in products for count in rows for way in candidates_of(found, count)]
+    started = time.perf_counter()
+    compile_all(candidates, workers)
+    click.echo(f"{gpu}: {len(candidates)} candidates compiled in {time.perf_counter() - started:.0f} s")
+    bench = Bench()
+    best = [min((bench.timed(way) for way in ways), key=lambda row: row["us"]) for ways in _grouped(candidates)]
+    for row in best:
+        click.echo(_line(row))
+    write_table(path, gpu, best)
+    click.echo(f"{path}: {len(best)} products measured in {time.perf_counter() - started:.0f} s")
+
+
+def products_of(name: str) -> Iterator[Product]:
+    """The products of a few rows that a decode step of a model computes."""
+    import transformers
+
+    from headrace.kernels.policies import find_policy
+
+    kind, sizes = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    config.architectures = [_HEAD_MODELS.get(kind, kind + _HEADS.get(kind, "ForCausalLM"))]
+    spec = find_policy(config.architectures[0]).spec(config)
+    layer, hidden = spec.layers[0], spec.hidden_size
+    norm = None if layer.placement == "post" or layer.residual_from_norm else layer.norm
+    heads = layer.attention
+    yield Product(heads.qkv_size, hidden, False, norm=norm, bias=heads.qkv_bias)
+    yield Product(hidden, heads.num_heads * heads.head_dim, False, bias=heads.out_bias, residual=True)
+    if layer.cross is not None:
+        yield Product(layer.cross.num_heads * layer.cross.head_dim, hidden, False, norm=norm, bias=layer.cross.qkv_bias)
+    mlp = layer.mlp
+    yield Product(mlp.size, hidden, mlp.gated, norm=norm, activation=mlp.activation, bias=mlp.bias)
+    yield Product(hidden, mlp.size, False, bias=mlp.bias, residual=True)
+    if spec.head is not None:
+        yield Product(spec.vocab_size, spec.embedding.size, False, bias=spec.head.bias)
+
+
+def candidates_of(found: Product, rows: int) -> Iterator[Candidate]:
+    """All ways worth a try."""
+    import torch
+
+    from headrace.kernels.tuning import GEMV_ROWS, Tiles, whole_splits
+
+    if rows > 1:
+        yield Candidate(found, rows, Tiles("torch"))
+    if rows <= GEMV_ROWS:
+        for block_n, (block_k, warps) in product((2, 4, 8), _GEMV_DEPTHS):
+            values = block_n * block_k // (32 * warps) * (2 if found.gated else 1)  # that a thread loads at once
+            if (16 <= values <= 64 if rows == 1 else values == 32) and block_k < 2 * found.k:
+                yield Candidate(found, rows, Tiles("gemv", block_n, block_k, warps))
+    if rows > 2:
+        processors = torch.cuda.get_device_properties().multi_processor_count
+        limit = next(limit for limit in _SKINNY if rows <= limit)
+        for block_n, block_k, warps, stages in (_SKINNY_GATED if found.gated else _SKINNY)[limit]:
+            tiles = -(-found.n // block_n)
+            wanted = {max(1, min(8, each * processors // tiles)) for each in (1, 2)}
+            for splits in sorted({whole_splits(found.k, block_k, count) for count in wanted}):
+                yield Candidate(found, rows, Tiles("skinny", block_n, block_k, warps, stages, splits))
+
+
+def _grouped(candidates: list[Candidate]) -> Iterable[list[Candidate]]:
+    groups: dict[tuple[Product, int], list[Candidate]] = {}
+    for way in candidates:
+        groups.setdefault((way.product, way.rows), []).append(way)
+    return groups.values()
+
+
+class Bench:
+    """Times products over weights that no cache holds; 16-bit values, whose meaning makes no difference."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._values = torch.randn(int(_WEIGHT_BYTES / 2), device="cuda", dtype=torch.bfloat16).mul_(0.02)
+
+    def weights(self, found: Product) -> list[Any]:
+        """Some weights of that product."""
+        height = found.n * (2 if found.gated else 1)
+        size = height * found.k
+        copies = min(_MOST_COPIES, len(self._values) // size)
+        return [self._values[index * size :][:size].view(height, found.k) for index in range(copies)]
+
+    def call(self, way: Candidate, weights: list[Any]) -> Any:
+        """A function that computes the product with each weight."""
+        import torch
+
+        from headrace.kernels.ops import linear_triton
+        from headrace.kernels.ops.norm import NormWeights
+
+        found = way.product
+        height = found.n * (2 if found.gated else 1)
+
+        def random_(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.randn(shape, device="cuda", dtype=dtype)
+
+        before = folded = None
+        if found.norm is not None:
+            layer = found.norm.kind == "layer"
+            before = NormWeights(random_(found.k), random_(found.k) if layer else None, found.norm)
+            folded = random_(2, height, dtype=torch.float32) if layer else None
+        x, bias = random_(way.rows, found.k), random_(height) if found.bias else None
+        residual = random_(way.rows, found.n) if found.residual else None
+        around = {"activation": found.activation, "gated": found.gated, "residual": residual}
+        around |= {"before": before, "folded": folded}
+        return lambda: [linear_triton.run(way.tiles, x, weight, bias, **around) for weight in weights]
+
+    def timed(self, way: Candidate) -> dict[str, Any]:
+        """A row of the table; infinitely slow is what the GPU cannot hold."""
+        from triton.runtime.errors import OutOfResources
+
+        weights = self.weights(way.product)
+        shape = {"rows": way.rows, "n": way.product.n, "k": way.product.k, "gated": way.product.gated, "itemsize": 2}
+        try:
+            us = _replayed(self.call(way, weights)) / len(weights)
+        except OutOfResources:
+            us = float("inf")
+        return shape | asdict(way.tiles) | {"us": round(us, 2), "gb_s": round(weights[0].nbytes / us / 1e3)}
+
+
+def _replayed(call: Any) -> float:
+    """Microseconds of a call in a CUDA graph."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    times = []
+    for _ in range(6):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times[1:])
+
+
+def compile_all(candidates: list[Candidate], workers: int) -> None:
+    """Launch every candidate once, in several processes: what they compile stays in Triton's cache."""
+    shuffled = random.Random(0).sample(candidates, len(candidates))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for _ in pool.imap_unordered(_launched, shuffled, chunksize=4):
+            pass
+
+
+_bench: Bench | None = None  # of this process
+
+
+def _launched(way: Candidate) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    global _bench
+    _bench = _bench or Bench()
+    with suppress(OutOfResources):  # as will be seen when it is timed
+        _bench.call(way, _bench.weights(way.product)[:1])()
+
+
+def write_table(path: Path, gpu: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows of a table; others that it has stay."""
+    import torch
+    import triton
+
+    from headrace.kernels.tuning import LinearShape
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in LinearShape.__slots__)
+
+    known = json.loads(path.read_text())["linear"] if path.exists() else []
+    merged = {place(row): row for row in [*known, *rows]}
+    about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "date": time.strftime("%Y-%m-%d")}
+    lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
+    head = json.dumps(about, indent=1).removesuffix("\n}")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'{head},\n "linear": [\n{lines}\n]}}\n')
+
+
+def _line(row: dict[str, Any]) -> str:
+    size = f"{row['rows']:>3} x {row['n']:>6}{' gated' if row['gated'] else '':<6} x {row['k']:>5}"
+    tiles = f"{row['block_n']} x {row['block_k']}, {row['warps']} warps, {row['stages']} stages, {row['splits']} parts"
+    return f"{size}  {row['us']:>8.2f} us {row['gb_s']:>5} GB/s  {row['kernel']:<6} {tiles}"
+
+
+if __name__ == "__main__":
+    main()

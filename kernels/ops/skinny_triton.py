@@ -1,0 +1,113 @@
+"""The kernel of products of up to 128 rows with a 16-bit weight, on tensor cores.
+
+The weight is what a tensor core takes 64 rows of, so it stands on the left: few rows of x fill its right side. Where
+tiles of columns are too few for a GPU, the depth is cut into parts; the last program of a tile to be done adds them up,
+in their order, so that the result does not depend on who that is.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from headrace.kernels.ops.activation_triton import activated
+from headrace.kernels.ops.chain_triton import let_next_begin, wait_for_earlier
+
+__all__ = ["skinny"]
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def skinny(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    parts,
+    counters,
+    x_stride,
+    residual_stride,
+    num_rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    CHAINED: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns BLOCK_N of the product of up to ROWS rows, or a part of their depth."""
+    let_next_begin(CHAINED)
+    SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    gate = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # past the end, the last one again
+    rows = x + m.to(tl.int64)[:, None] * x_stride
+    inside = (m < num_rows)[:, None]
+    value = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    other = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    held = n < N
+    of_gate = tl.load(bias + n, mask=held, other=0.0).to(tl.float32) if bias is not None else None
+    of_up = tl.load(bias + N + n, mask=held, other=0.0).to(tl.float32) if bias is not None and GATED else None
+    wait_for_earlier(CHAINED)
+    begin = tl.program_id(1) * SHARE
+    for at in range(begin, tl.minimum(begin + SHARE, K), BLOCK_K):
+        right = tl.load(rows + (at + k)[None, :], mask=inside & (at + k < K)[None, :], other=0.0).T
+        if WIDE:
+            right = right.to(tl.float32)
+        value = tl.dot(_tile(gate, at + k, K, BLOCK_K, WIDE), right, value)
+        if GATED:
+            other = tl.dot(_tile(gate + N * K, at + k, K, BLOCK_K, WIDE), right, other)
+
+    if SPLITS > 1:
+        place = tl.arange(0, BLOCK_N)[:, None] * ROWS + m[None, :]
+        SIZE: tl.constexpr = BLOCK_N * ROWS
+        parts += tl.program_id(0).to(tl.int64) * (SPLITS * SIZE * (2 if GATED else 1))
+        tl.store(parts + tl.program_id(1) * SIZE + place, value)
+        if GATED:
+            tl.store(parts + (SPLITS + tl.program_id(1)) * SIZE + place, other)
+        tl.debug_barrier()  # all threads have written before one of them says so
+        if tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(counters + tl.program_id(0), 0)
+        value = _sum(parts, place, SPLITS, SIZE)
+        if GATED:
+            other = _sum(parts + SPLITS * SIZE, place, SPLITS, SIZE)
+
+    if bias is not None:
+        value += of_gate[:, None]
+        if GATED:
+            other += of_up[:, None]
+    if ACTIVATION is not None:
+        value = activated(value, ACTIVATION)
+    if GATED:
+        value *= other
+    held = held[:, None] & (m < num_rows)[None, :]
+    if residual is not None:
+        places = residual + m[None, :].to(tl.int64) * residual_stride + n[:, None]
+        value += tl.load(places, mask=held, other=0.0).to(tl.float32)
+    tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], value.to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _tile(rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+    """Rows of the weight, as tensor cores take them."""
+    if K % BLOCK_K == 0:
+        tile = tl.load(rows + k[None, :])
+    else:
+        tile = tl.load(rows + k[None, :], mask=(k < K)[None, :], other=0.0)
+    return tile.to(tl.float32) if WIDE else tile
+
+
+@triton.jit
+def _sum(parts, place, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+    """What all programs of a tile have written, past a cache that is not theirs."""
+    total = tl.load(parts + place, cache_modifier=".cg")
+    for part in tl.static_range(1, SPLITS):
+        total += tl.load(parts + part * SIZE + place, cache_modifier=".cg")
+    return total

@@ -1,0 +1,158 @@
+"""Which kernel computes a product of a few rows, and with which tiles: measured on a GPU and stored for it, or guessed.
+
+`python -m benchmarks.tune` measures and writes `kernels/tuned/<name of the GPU>.json`:
+
+    {"gpu": "NVIDIA H200", ..., "linear": [{"rows": 1, "n": 6144, "k": 4096, "gated": false, "itemsize": 2,
+      "kernel": "gemv", "block_n": 4, "block_k": 2048, "warps": 8, "stages": 1, "splits": 1, "us": 13.2, ...}, ...]}
+
+Nothing is measured at start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import torch
+
+__all__ = [
+    "GEMV_ROWS",
+    "MOST_ROWS",
+    "LinearShape",
+    "Tiles",
+    "guess",
+    "parse_table",
+    "read_table",
+    "row_bucket",
+    "table_name",
+    "tiles_for",
+    "whole_splits",
+]
+
+MOST_ROWS = 128  # more share a weight so well that it is not what a product waits for
+GEMV_ROWS = 4  # each costs the cores one multiplication a weight, which is about as long as it takes to come
+_BUCKETS = (1, 2, 4, 16, 32, 64, 128)
+
+_SMALL = 2**23  # weights of a product that takes no longer than the launches around it
+
+# What stands in for a GPU that is not known: the smallest of today's data centers.
+_PROCESSORS = 108
+_SHARED_MEMORY = 100 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A product as tiles depend on it.
+
+    Attributes:
+        rows: of x, rounded up by `row_bucket`.
+        n: values that come out.
+        k: values that go in.
+        gated: whether the weight has two rows for each value that comes out.
+        itemsize: bytes of a weight.
+    """
+
+    rows: int
+    n: int
+    k: int
+    gated: bool
+    itemsize: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How it is computed.
+
+    Attributes:
+        kernel: gemv and skinny are ours (`headrace.kernels.ops`); torch leaves it to PyTorch, with our kernels around.
+        block_n: rows of the weight that a program takes, with a gate as many twice.
+        block_k: depth of a tile.
+        warps: of a program.
+        stages: tiles in flight.
+        splits: parts of the depth that are programs of their own.
+    """
+
+    kernel: Literal["gemv", "skinny", "torch"]
+    block_n: int = 0
+    block_k: int = 0
+    warps: int = 0
+    stages: int = 1
+    splits: int = 1
+
+
+def row_bucket(rows: int) -> int:
+    """The number of rows for which so many are computed."""
+    return next(bucket for bucket in _BUCKETS if rows <= bucket)
+
+
+@cache
+def tiles_for(shape: LinearShape, device: torch.device) -> Tiles:
+    """How to compute it on a device: as its table says, otherwise as guessed."""
+    if device.type != "cuda":
+        return guess(shape, _PROCESSORS, _SHARED_MEMORY)
+    gpu = torch.cuda.get_device_properties(device)
+    stored = read_table(table_name(gpu.name)).get(shape)
+    shared_memory = getattr(gpu, "shared_memory_per_block_optin", _SHARED_MEMORY)
+    return stored or guess(shape, gpu.multi_processor_count, shared_memory)
+
+
+def guess(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
+    """What is likely to be good: learned from what was measured on an H200."""
+    if shape.rows <= 2 or (shape.rows <= GEMV_ROWS and (shape.itemsize == 4 or not shape.gated)):
+        return _guess_gemv(shape, processors)
+    if shape.itemsize != 2 or (shape.rows > 64 and shape.n * shape.k > _SMALL):
+        return Tiles("torch")  # exact products of float32 are not for tensor cores
+    return _guess_skinny(shape, processors, shared_memory)
+
+
+def _guess_gemv(shape: LinearShape, processors: int) -> Tiles:
+    width = 32 * 16 // shape.itemsize  # weights that a warp loads at once
+    # Tiles as deep as a program is wide; the widest that does not leave much of the last one empty.
+    warps = next(warps for warps in (8, 4, 2, 1) if _padded(shape.k, width * warps) <= 1.3 * shape.k or warps == 1)
+    few = shape.gated or shape.n < 4 * 4 * processors
+    return Tiles("gemv", block_n=2 if few else 4, block_k=width * warps, warps=warps)
+
+
+def _guess_skinny(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
+    block_n, block_k = 64, 64 if shape.gated else 128
+    stage = (block_n * (2 if shape.gated else 1) + max(16, shape.rows)) * block_k * shape.itemsize
+    stages = max(2, min(6 if shape.rows <= 16 else 4, shared_memory // stage))
+    splits = max(1, min(8, processors * block_n // shape.n))
+    return Tiles("skinny", block_n, block_k, 4, stages, whole_splits(shape.k, block_k, splits))
+
+
+def whole_splits(k: int, block_k: int, splits: int) -> int:
+    """About so many parts of a depth, of which each is whole tiles and none is empty."""
+    steps = -(-k // block_k)
+    return -(-steps // -(-steps // splits))
+
+
+def _padded(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def table_name(gpu: str) -> str:
+    """File of a GPU's table."""
+    return gpu.lower().replace(" ", "-") + ".json"
+
+
+@cache
+def read_table(name: str) -> Mapping[LinearShape, Tiles]:
+    """The stored tiles; none if there is no such table."""
+    file = resources.files("headrace.kernels") / "tuned" / name
+    if not file.is_file():
+        return {}
+    return parse_table(json.loads(file.read_text(encoding="utf-8")))
+
+
+def parse_table(table: dict[str, Any]) -> dict[LinearShape, Tiles]:
+    """The tiles in a table."""
+    found = {}
+    for row in table["linear"]:
+        shape = LinearShape(**{field: row[field] for field in LinearShape.__slots__})
+        found[shape] = Tiles(**{field: row[field] for field in Tiles.__slots__})
+    return found

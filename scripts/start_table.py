@@ -1,0 +1,37 @@
+"""Where the time of a start went, as a table for people."""
+
+from __future__ import annotations
+
+from headrace.scripts.progress import size
+from headrace.workers.start_report import Phase, StartReport
+
+__all__ = ["start_table"]
+
+_NAMES = {
+    "imports": "python and imports",
+    "model": "config and device",
+    "weights": "reading weights",
+    "memory": "sizing the cache",
+    "kernels": "warming up",
+    "graphs": "CUDA graphs",
+    "broker": "connecting",
+}
+
+
+def start_table(report: StartReport) -> list[str]:
+    """Lines of at most 60 letters: phases, the seconds of each, what was counted; and the sum."""
+    rows = [(_NAMES.get(phase.name, phase.name), phase.seconds, _counted(phase)) for phase in report.phases]
+    rows.append(("ready after", report.seconds, ""))
+    return [f"  {name:<20}{seconds:>7.1f} s  {counted}".rstrip() for name, seconds, counted in rows]
+
+
+def _counted(phase: Phase) -> str:
+    if not phase.amount:
+        return ""
+    match phase.name:
+        case "weights":
+            rate = f", {size(phase.amount / phase.seconds)}/s" if phase.seconds > 0 else ""
+            return f"{size(phase.amount)}{rate}"
+        case "memory":
+            return f"{phase.amount:,} tokens"
+    return f"{phase.amount:,}"

@@ -1,0 +1,223 @@
+"""Kernels of products with a weight against their reference, with all that may come before and after them.
+
+The reference is given the same narrow numbers in float64, so that only the kernel rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from headrace.kernels.ops.linear import fold_norm, linear, share_norm
+from headrace.kernels.ops.norm import NormWeights, norm
+from headrace.kernels.spec import Activation
+from headrace.kernels.tuning import Tiles, whole_splits
+from tests.kernels.test_pairs import DTYPES, NORMS, TOLERANCE
+from tests.support.kernels import Kernels, cases
+
+FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
+
+# (rows, out, in): one row and few, with part of a tile in each direction, and with whole ones; a single column; rows
+# of which some are made up; the most that are ours, and one more.
+FEW = [(1, 10, 1100), (3, 33, 600), (4, 16, 512), (2, 1, 40)]
+SKINNY = [(5, 70, 600), (17, 33, 300), (33, 64, 256), (64, 40, 129), (65, 24, 72)]
+# Sizes of GPT-2 XL, Falcon-7B and T5-3B, a vocabulary that no tile divides, and offsets that 32 bits do not count.
+GPU_FEW = [(1, 4800, 1600), (1, 4672, 4544), (2, 1024, 16384), (4, 50257, 1600), (1, 128256, 4096), (3, 4096, 14336)]
+GPU_SKINNY = [(16, 1600, 6400), (64, 4544, 4544), (16, 128256, 4096), (48, 1024, 16384), (7, 50257, 1600)]
+
+AROUND = {  # norm, activation, gated, bias, residual
+    "plain": (None, None, False, False, False),
+    "bias": (None, None, False, True, False),
+    "residual": (None, None, False, False, True),
+    "rms": ("rms", None, False, False, False),
+    "unit-offset": ("unit-offset", None, False, True, False),
+    "plain-rms": ("plain-rms", "relu", False, False, True),
+    "layer": ("layer", "gelu_tanh", False, True, False),
+    "plain-layer": ("plain-layer", "gelu", True, False, False),
+    "gated": ("rms", "silu", True, False, False),
+    "all": ("layer", "silu", True, True, True),
+}
+
+
+def make(dtype: torch.dtype, shape: tuple[int, int, int], around: str) -> dict:
+    """Arguments of the op; outputs are about as large as inputs, and rows lie off zero."""
+    name, activation, gated, has_bias, has_residual = AROUND[around]
+    rows, out, size = shape
+    height = out * (2 if gated else 1)
+    given: dict = {
+        "x": torch.randn(rows, size).mul(2).add(1).to(dtype),
+        "weight": torch.randn(height, size).mul(size**-0.5).to(dtype),
+        "bias": torch.randn(height).to(dtype) if has_bias else None,
+        "activation": activation,
+        "gated": gated,
+        "residual": torch.randn(rows, out).to(dtype) if has_residual else None,
+    }
+    if name is not None:
+        spec = NORMS[name]
+        weight = torch.rand(size).add(0.5).to(dtype) if spec.affine else None
+        bias = torch.randn(size).to(dtype) if name == "layer" else None
+        given["before"] = NormWeights(weight, bias, spec)
+        given["folded"] = fold_norm(given["weight"], given["before"])
+    return given
+
+
+def exactly(given: dict) -> torch.Tensor:
+    """The reference in float64."""
+
+    def wide(value):
+        return value.double() if isinstance(value, torch.Tensor) else value
+
+    exact = {key: wide(value) for key, value in given.items() if key != "folded"}
+    if exact.get("before") is not None:
+        exact["before"] = NormWeights(*map(wide, exact["before"]))
+        if exact["before"].spec.unit_offset:  # the reference of that one is float32
+            weights, spec = exact["before"].weight + 1.0, NORMS["rms"]
+            exact["x"] = torch.nn.functional.rms_norm(exact["x"], exact["x"].shape[1:], weights, 1e-6)
+            assert spec.kind == "rms"
+            del exact["before"]
+    return linear(exact.pop("x"), exact.pop("weight"), exact.pop("bias"), **exact)
+
+
+def compute(kernels: Kernels, given: dict) -> torch.Tensor:
+    copy = dict(given)
+    if copy.get("residual") is not None:
+        copy["residual"] = copy["residual"].clone()  # it is lost
+    return kernels(linear, copy.pop("x"), copy.pop("weight"), copy.pop("bias"), **copy)
+
+
+def check(found: torch.Tensor, given: dict) -> None:
+    expected = exactly(given)
+    assert found.dtype is given["x"].dtype
+    assert found.shape == expected.shape
+    # What is rounded before the product (a norm on its own, more than four rows) errs in each of the terms.
+    tolerance = TOLERANCE[found.dtype]
+    slack = tolerance * (4 if given.get("before") is not None else 1) + 4 * 2**-24 * given["x"].shape[1] ** 0.5
+    torch.testing.assert_close(found.double(), expected, rtol=2 * tolerance, atol=slack)
+
+
+@cases(
+    [*product(DTYPES, FEW[:2], ["all", "rms"]), *product(DTYPES[:1], FEW, AROUND)],
+    [*product(DTYPES, FEW, AROUND), *product([BFLOAT, HALF], GPU_FEW, ["all", "gated", "rms", "residual"])],
+)
+def test_few_rows(kernels: Kernels, case):
+    given = make(*case)
+    check(compute(kernels, given), given)
+
+
+@cases(
+    [*product([BFLOAT, HALF], SKINNY[:2], ["gated"]), *product([HALF], SKINNY, ["plain", "all", "residual"])],
+    [*product(DTYPES, SKINNY, AROUND), *product([BFLOAT, HALF], GPU_SKINNY, ["all", "gated", "plain", "residual"])],
+)
+def test_skinny(kernels: Kernels, case):
+    given = make(*case)
+    check(compute(kernels, given), given)
+
+
+def run(x: torch.Tensor, tiles: Tiles, given: dict) -> torch.Tensor:
+    """The kernels with tiles that the table would not choose."""
+    from headrace.kernels.ops import linear_triton
+
+    return linear_triton.run(tiles, x, **given)
+
+
+def compute_with(kernels: Kernels, tiles: Tiles, given: dict) -> torch.Tensor:
+    copy = dict(given)
+    if copy.get("residual") is not None:
+        copy["residual"] = copy["residual"].clone()
+    return kernels(run, copy.pop("x"), tiles, copy)
+
+
+@cases(
+    [(Tiles("gemv", 4, 256, 1), 2), (Tiles("gemv", 8, 1024, 4), 4), (Tiles("skinny", 32, 64, 4, 3, 3), 2)],
+    [(Tiles("gemv", 16, 512, 2), 1), (Tiles("skinny", 128, 128, 8, 3, 8), 64), (Tiles("torch"), 3)],
+)
+def test_tiles_make_no_difference(kernels: Kernels, case):
+    tiles, rows = case
+    given = make(HALF, (rows, 70, 1096), "all")
+    check(compute_with(kernels, tiles, given), given)
+
+
+@cases([5, 3, 2], [8])
+def test_the_depth_in_parts_always_adds_up_the_same(kernels: Kernels, case):
+    # Thrice with the same counters, which each launch must leave as it found them.
+    given = make(HALF, (5, 70, 600), "all")
+    tiles = Tiles("skinny", 16, 64, 4, 2, whole_splits(600, 64, case))
+    found = [compute_with(kernels, tiles, given) for _ in range(3)]
+    check(found[0], given)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@cases(["no rows", "no rows, gated", "every other row", "part of a row", "residual of wider rows"])
+def test_of_what_is_not_as_it_might_be(kernels: Kernels, case):
+    given = make(HALF, (3, 40, 96), "gated" if "gated" in case else "residual")
+    if case.startswith("no rows"):
+        given["x"] = given["x"][:0]
+        given["residual"] = None
+    elif case == "every other row":
+        given["x"] = torch.randn(6, 96).half()[::2]
+    elif case == "part of a row":
+        given["x"] = torch.randn(3, 200).half()[:, 50:146]
+    else:
+        given["residual"] = torch.randn(3, 100).half()[:, 20:60]
+    check(compute(kernels, given), given)
+
+
+@cases(product([HALF, BFLOAT], ["rms", "layer"], [1, 7]), product([FLOAT], ["rms", "layer"], [1, 7]))
+def test_what_a_norm_makes_small_may_be_large(kernels: Kernels, case):
+    # Sums of squares, and values times the scale, are beyond float16.
+    dtype, name, rows = case
+    given = make(dtype, (rows, 24, 512), name)
+    given["x"] = torch.randn(rows, 512).mul(9000).clamp(-60000, 60000).to(dtype)
+    given["before"] = given["before"]._replace(weight=given["before"].weight * 20)
+    given["folded"] = fold_norm(given["weight"], given["before"])
+    found, expected = compute(kernels, given), exactly(given)
+    assert found.isfinite().all()
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < 2 * TOLERANCE[dtype]
+
+
+@cases(["far from zero", "first is far", "all the same"])
+def test_a_layer_norm_of_what_lies_far_from_zero(kernels: Kernels, case):
+    """The mean of squares less the square of the mean would be noise, were it not taken relative to a value."""
+    given = make(FLOAT, (2, 24, 500), "layer")
+    x = torch.randn(2, 500)
+    if case == "far from zero":
+        x = x + 10_000
+    elif case == "first is far":
+        x[:, 0] = 3000.0
+    else:
+        x = torch.full((2, 500), 777.7)
+    given["x"] = x
+    expected = exactly(given)
+    torch.testing.assert_close(compute(kernels, given).double(), expected, rtol=1e-3, atol=2e-3)
+
+
+@cases([1, 6])
+def test_what_is_not_a_number_stays_in_its_row(kernels: Kernels, case):
+    given = make(HALF, (case + 1, 24, 300), "all")
+    expected = compute(kernels, given)
+    given["x"][case, 7] = math.nan
+    found = compute(kernels, given)
+    assert found[case].isnan().all()
+    assert torch.equal(found[:case], expected[:case])
+
+
+@cases([1, 2])
+def test_a_norm_that_several_read(kernels: Kernels, case):
+    given = make(FLOAT, (case, 24, 96), "layer")
+    read, before = kernels(share_norm, given["x"], given["before"])
+    found = read if before is None else norm(read, *before)
+    torch.testing.assert_close(found, norm(given["x"], *given["before"]), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_the_residual_is_added_last(activation: Activation):
+    x, weight, residual = torch.randn(2, 8), torch.randn(6, 8), torch.randn(2, 3)
+    gate, up = (x @ weight.T).chunk(2, dim=1)
+    expected = getattr(torch.nn.functional, activation)(gate) * up + residual
+    found = linear(x, weight, activation=activation, gated=True, residual=residual.clone())
+    torch.testing.assert_close(found, expected)

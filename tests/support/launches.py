@@ -1,0 +1,75 @@
+"""What kernels would be compiled for, found out on a CPU: launches are noted instead of made, references compute.
+
+Triton compiles a kernel anew for every set of constants and options, and for whether a number is 1 or a multiple of 16
+and an address a multiple of 16 bytes. Here the interpreter's kernels stand for the compiled ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from headrace.kernels.ops import pair
+
+__all__ = ["noted_launches"]
+
+Key = tuple[Any, ...]
+
+
+@contextmanager
+def noted_launches() -> Iterator[set[Key]]:
+    """What was compiled so far: a key of each kernel and all that it was compiled for. Needs TRITON_INTERPRET=1."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    keys: set[Key] = set()
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        keys.add(_key(kernel, args, kwargs))
+
+    with (
+        patch.object(InterpretedFunction, "run", run),
+        patch.object(pair, "_kernel", _noting),
+        pair.kernels_on_cpu(),
+    ):
+        yield keys
+
+
+def _noting(module: str, name: str) -> Callable[..., Any]:
+    """An op that launches its kernels, which only notes it, and computes by its reference."""
+    kernel = getattr(import_module(f"{module}_triton"), name)
+    reference = getattr(import_module(module), name).__wrapped__
+
+    def op(*args: Any, **kwargs: Any) -> Any:
+        kernel(*args, **kwargs)
+        return reference(*args, **kwargs)
+
+    return op
+
+
+def _key(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+    names = inspect.signature(kernel.fn).parameters
+    given = dict(zip(names, args, strict=False)) | kwargs
+    plain = kernel.kwargs.get("do_not_specialize") or ()
+    parts: list[Any] = [kernel.fn.__module__, kernel.fn.__qualname__]
+    for name, value in given.items():
+        constant = name not in names or "constexpr" in str(names[name].annotation)
+        parts.append((name, value if constant else _specialized(value, name in plain)))
+    return tuple(parts)
+
+
+def _specialized(value: Any, plain: bool) -> Any:
+    """What of an argument a kernel is compiled for."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "float"
+    wide = abs(int(value)) >= 1 << 31
+    return (wide,) if plain else (wide, value == 1, value % 16 == 0)

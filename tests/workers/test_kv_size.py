@@ -1,0 +1,195 @@
+"""Sizing the cache of a GPU, on a CPU that claims to be one: refused before loading, measured by a dry run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.errors import ConfigError, ModelError
+from headrace.kernels.kv import KVCache
+from headrace.workers import engines, kv_size
+from headrace.workers.checkpoint import Checkpoint
+from headrace.workers.config import EngineConfig
+from headrace.workers.describe import describe
+from headrace.workers.engine import Engine, start_token_of
+from headrace.workers.loader import load_model
+from headrace.workers.memory import GpuMemory
+from tests.support.tiny_models import save_model, save_t5
+
+GPU = torch.device("cuda", 0)
+MIB = 1 << 20
+
+
+class Gpu:
+    """A GPU's memory: `held` by others, `peak` while steps run, all of it within `total`."""
+
+    def __init__(self, total, *, held=0, peak=0):
+        self.total, self.held, self.peak = total, held, peak
+
+    def __call__(self, device, utilization):
+        return GpuMemory(total=self.total, held=self.held, utilization=utilization)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Lets a CPU pass for a GPU of that kind."""
+
+    def pretend(total, **settings):
+        memory = Gpu(total, **settings)
+        monkeypatch.setattr(kv_size, "gpu_memory", memory)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        return memory
+
+    return pretend
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    checkpoint = Checkpoint(folder)
+    return load_model(checkpoint), describe(checkpoint)[0]
+
+
+def sized(loaded, memory, **settings):
+    model, card = loaded
+    start = start_token_of(model.spec, card, None) if model.spec.encoder is not None else None
+    config = EngineConfig(**{"max_num_seqs": 4, "max_batch_tokens": 100} | settings)
+    return kv_size.with_measured_cache(model, card, config, memory, start_token=start)
+
+
+# --------------------------------------------------------------------------------------------------- before loading
+
+
+def test_the_weights_are_known_before_they_are_read(folder, loaded):
+    checkpoint = Checkpoint(folder)
+    spec, card = checkpoint.policy.spec(checkpoint.config), describe(checkpoint)[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        needs = kv_size._estimated(spec, card, EngineConfig(), dtype)
+        assert needs.weights == sum(p.numel() for p in load_model(folder).parameters()) * dtype.itemsize
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, gpu, monkeypatch):
+    gpu(1 * MIB)
+    monkeypatch.setattr(engines, "pick_device", lambda wanted: GPU)
+    monkeypatch.setattr(engines, "load_model", lambda *args, **kwargs: pytest.fail("it was read"))
+    with pytest.raises(ModelError, match=r"does not fit on the GPU: weights .* = .* GiB, but 0\.00 GiB"):
+        engines.load_engine(folder, EngineConfig())
+
+
+@pytest.mark.parametrize("setting", ["kv_tokens", "max_model_len"])
+def test_a_setting_that_asks_for_too_much_is_named(folder, gpu, monkeypatch, setting):
+    checkpoint = Checkpoint(folder)
+    spec, card = checkpoint.policy.spec(checkpoint.config), describe(checkpoint)[0]
+    needs = kv_size._estimated(spec, card, EngineConfig(cuda_graphs=False), torch.float32)
+    gpu(int((needs.fixed + needs.cache(300)) / 0.9))
+    config = EngineConfig(**{setting: 512}, cuda_graphs=False)
+    monkeypatch.setattr("headrace.workers.memory.LEAST_TOKENS", 16)
+    with pytest.raises(ConfigError, match=f"--{setting.replace('_', '-')} 288 or less") as caught:
+        kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
+    assert caught.value.param == setting
+
+
+def test_on_a_cpu_nothing_is_checked_and_nothing_measured(loaded):
+    model, card = loaded
+    assert kv_size.check_before_loading(model.spec, card, EngineConfig(), torch.float32, torch.device("cpu")) is None
+    assert sized(loaded, None) == EngineConfig(max_num_seqs=4, max_batch_tokens=100)
+
+
+# ------------------------------------------------------------------------------------------------------- the dry run
+
+
+def test_the_cache_takes_what_weights_and_steps_leave(loaded, gpu):
+    model, _ = loaded
+    block = KVCache.bytes_per_block(model.spec, 16, torch.float32)
+    memory = gpu(1000 * MIB, held=100 * MIB)
+    before = memory(GPU, 0.8)
+    memory.held += 200 * MIB  # the weights came
+    cache = 2 * 4 * (-(-27 // 16) + 1) + 2  # blocks of the dry run: four texts of 25 tokens and two more
+    memory.peak = 50 * MIB + cache * block
+    config = sized(loaded, before, cuda_graphs=False)
+    assert config.kv_tokens == 4 * 512  # no more is of use
+    assert config.cuda_graphs is False
+    memory.peak = int(599 * MIB / 1.05) + cache * block
+    config = sized(loaded, before, cuda_graphs=False)
+    assert config.kv_tokens < 4 * 512
+    used = 200 * MIB + 599 * MIB + (config.kv_tokens // 16 + 2) * block
+    assert 800 * MIB - 2 * block < used <= 800 * MIB
+
+
+def test_what_steps_take_can_make_it_too_much(loaded, gpu):
+    memory = gpu(100 * MIB)
+    before = memory(GPU, 0.9)
+    memory.held, memory.peak = 10 * MIB, 90 * MIB
+    with pytest.raises(ModelError, match="the largest step"):
+        sized(loaded, before, cuda_graphs=False)
+
+
+def test_a_step_for_which_there_is_no_memory_is_said_to_be_too_large(loaded, gpu, monkeypatch):
+    gpu(1000 * MIB)
+
+    def fail(engine, now):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 GiB.\nMore about it.")
+
+    monkeypatch.setattr(Engine, "step", fail)
+    with pytest.raises(ModelError, match=r"Tried to allocate 5 GiB\. Lower --max-num-batched-tokens"):
+        sized(loaded, GpuMemory(total=1000 * MIB, held=0, utilization=0.9))
+
+
+def test_settings_of_a_person_decide(loaded, gpu):
+    gpu(1000 * MIB)
+    assert sized(loaded, GpuMemory(total=0, held=0, utilization=0.9), kv_tokens=160).kv_tokens == 160
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_model_len": 3}, {"max_model_len": 2}, {"max_num_seqs": 1}])
+def test_the_dry_run_computes_the_largest_steps(loaded, gpu, monkeypatch, settings):
+    plans = plans_of(monkeypatch)
+    gpu(10_000 * MIB)
+    sized(loaded, GpuMemory(total=10_000 * MIB, held=0, utilization=0.9), **settings)
+    if settings.get("max_model_len") == 2:
+        assert not plans
+    elif "max_model_len" not in settings:
+        rows = settings.get("max_num_seqs", 4)
+        assert (100, rows) in plans  # the whole budget, and every row samples
+        assert (rows, rows) in plans
+
+
+@pytest.mark.parametrize("variant", ["t5", "t5-v1.1"])
+def test_encoder_decoders_run_dry_too(tmp_path, gpu, monkeypatch, variant):
+    plans = plans_of(monkeypatch)
+    save_t5(tmp_path, variant)
+    checkpoint = Checkpoint(tmp_path)
+    gpu(10_000 * MIB)
+    loaded = load_model(checkpoint), describe(checkpoint)[0]
+    config = sized(loaded, GpuMemory(total=10_000 * MIB, held=0, utilization=0.9))
+    assert config.kv_tokens > 0
+    assert max(tokens for tokens, _ in plans) > 400  # a source of nearly all that there may be, in one piece
+
+
+def plans_of(monkeypatch):
+    """(tokens, sampled rows) of every step that is computed from now on."""
+    plans = []
+    make = Engine.__init__
+
+    def watched(engine, *args, **kwargs):
+        make(engine, *args, **kwargs)
+        schedule = engine._scheduler.schedule
+
+        def noted():
+            plan = schedule()
+            if plan.chunks:
+                plans.append((plan.num_tokens, sum(chunk.samples for chunk in plan.chunks)))
+            return plan
+
+        engine._scheduler.schedule = noted
+
+    monkeypatch.setattr(Engine, "__init__", watched)
+    return plans

@@ -1,0 +1,49 @@
+"""Models loaded onto a GPU are those that a CPU loads, bit by bit, whatever their files, types and layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.kernels.model import Model
+from headrace.workers import parallel_reader
+from headrace.workers.checkpoint import Checkpoint
+from headrace.workers.loader import load_checkpoint
+from tests.support.tiny_models import FAMILIES, make_model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("piece", [1000, 8 << 20])
+def test_what_a_gpu_gets_is_what_a_cpu_gets(family, dtype, piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel_reader, "_PIECE", piece)
+    monkeypatch.setattr(Model, "pack", lambda model: None)  # each device has its own layout of matrices
+    make_model(family).save_pretrained(tmp_path, max_shard_size="100KB")
+    checkpoint = Checkpoint(tmp_path)
+    here = load_checkpoint(checkpoint, dtype=dtype, device="cpu").model
+    there = load_checkpoint(checkpoint, dtype=dtype, device="cuda").model
+    expected, found = dict(here.named_parameters()), dict(there.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        assert parameter.is_cuda
+        assert parameter.dtype is expected[name].dtype
+        assert torch.equal(parameter.cpu(), expected[name]), name
+
+
+def test_loading_needs_no_second_model_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel_reader, "_AHEAD", 1 << 20)
+    make_model("llama", hidden_size=1536, intermediate_size=4096, num_hidden_layers=8).save_pretrained(tmp_path)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_checkpoint(Checkpoint(tmp_path), dtype="auto", device="cuda").model
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert torch.cuda.max_memory_allocated() - before <= size + 2 * largest + (4 << 20)

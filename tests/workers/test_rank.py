@@ -1,0 +1,48 @@
+"""What a rank settles before it imports anything heavy, and how it times its start."""
+
+from __future__ import annotations
+
+import os
+
+from headrace.addresses import cache_dir
+from headrace.workers import rank
+from headrace.workers.start_report import StartClock
+
+
+def test_kernels_are_kept_with_the_models(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "so that it is gone afterwards")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    rank.keep_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == str(cache_dir() / "triton")
+
+
+def test_a_folder_that_a_person_named_stays(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    rank.keep_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
+
+
+class Engine:
+    """Warms up in the phases that it is given."""
+
+    def __init__(self, *phases):
+        self._phases = phases
+
+    def warm_up(self, told):
+        for phase in self._phases:
+            told(phase)
+
+    def load_gauges(self):
+        return {"graphs": 11}
+
+
+def test_warming_up_is_timed_phase_by_phase():
+    def phases_of(*told, times):
+        ticking = iter(times)
+        clock = StartClock(0.0, clock=lambda: next(ticking))
+        rank._warm_up(Engine(*told), clock)
+        return [(phase.name, phase.seconds, phase.amount) for phase in clock.report().phases]
+
+    assert phases_of("kernels", "graphs", times=(2.0, 5.0)) == [("kernels", 2.0, 0), ("graphs", 3.0, 11)]
+    assert phases_of("kernels", times=(2.0,)) == [("kernels", 2.0, 0)]
+    assert phases_of(times=(2.0,)) == [("kernels", 2.0, 0)]

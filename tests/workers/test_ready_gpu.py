@@ -1,0 +1,64 @@
+"""What READY promises on a GPU: nothing is compiled or captured afterwards, and memory stays within what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.messages import Assignment, pack_tokens
+from headrace.workers.config import EngineConfig
+from headrace.workers.engines import load_engine
+from tests.support.mixed_load import MIXED_LOAD_CONFIG, run_mixed_load
+from tests.support.tiny_models import save_model, save_t5
+
+pytestmark = pytest.mark.gpu
+
+FAMILIES = ["llama", "qwen2-tied", "gpt2", "gemma2", "bloom", "mixtral", "t5"]
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_compiled_once_it_is_ready(tmp_path, family, graphs):
+    (save_t5 if family == "t5" else save_model)(tmp_path, family)
+    engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG, cuda_graphs=graphs))
+    engine.warm_up()
+    ready = engine.load_gauges()
+    assert ready["compilations"] == 0
+    assert bool(ready["graphs"]) is graphs
+
+    def watch(asked):
+        assert engine.load_gauges()["compilations"] == 0, (len(asked.prompt) // 4, asked.sampling)
+
+    run_mixed_load(engine, watch=watch)
+    after = engine.load_gauges()
+    assert after["compilations"] == 0
+    assert after["graphs"] == ready["graphs"]
+    assert after["preemptions"] > ready["preemptions"]
+    assert (after["graph_replays"] > 100) is graphs
+
+
+def test_an_engine_holds_no_more_than_its_share(tmp_path):
+    save_model(tmp_path, "llama", vocab_size=151_936, hidden_size=768, intermediate_size=3072, num_hidden_layers=6)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    held = total - free + torch.cuda.memory_allocated() - torch.cuda.memory_reserved()
+    share = held / total + 0.05
+    config = EngineConfig(max_num_seqs=256, max_batch_tokens=4096, gpu_memory_utilization=share, max_model_len=512)
+    engine = load_engine(tmp_path, config)
+    engine.warm_up()
+    for number in range(300):
+        prompt = pack_tokens((number * 7 + place) % 1000 for place in range(100))
+        sampling = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 20, "logprobs": 5, "ignore_eos": True}
+        engine.add(Assignment(request=b"%d" % number, choice=0, attempt=0, prompt=prompt, sampling=sampling), 0.0)
+    while engine.has_work:
+        engine.step(0.0)
+    free, total = torch.cuda.mem_get_info()
+    own = total - free - held
+    assert own <= share * total
+    assert engine.load_gauges()["kv_blocks_total"] > 100

@@ -1,0 +1,151 @@
+"""Reading whole texts as CUDA graphs: one launch instead of hundreds, for every size of batch that is worth a graph.
+
+A graph computes at fixed addresses and for a fixed number of tokens and texts. The tokens of a batch, their positions
+and where the texts begin are copied there in one piece. What is left up to the graph's size is one more text, which
+belongs to nobody.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.kernels.batch import Batch
+from headrace.workers.device import upload
+
+__all__ = ["StaticTexts", "TextGraphs", "sizes_of_batches"]
+
+# Tokens of a graph: a step of so many costs about as much as one of the next size, until it is bound by its products.
+# Above the last they hide the launches.
+_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+_FEW_TEXTS = 8  # one text, few or many: each that is not there costs attention a program per head
+
+
+def sizes_of_batches(max_tokens: int, max_texts: int) -> list[tuple[int, int]]:
+    """Tokens and texts of the batches that get a graph, ascending; no text is empty."""
+    tokens = [count for count in _TOKENS if count < max_tokens]
+    tokens += [max_tokens] if max_tokens <= _TOKENS[-1] else []
+    texts = sorted({1, min(_FEW_TEXTS, max_texts), max_texts})
+    return [(count, most) for count, most in product(tokens, texts) if most <= count]
+
+
+class StaticTexts:
+    """Texts at fixed addresses, and what is computed of them.
+
+    Args:
+        states: hidden states [T, hidden] of a batch of whole texts.
+        max_tokens: most tokens of a batch.
+        max_texts: most texts of a batch.
+        max_model_len: most tokens of one text.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        states: Callable[[Batch], Tensor],
+        *,
+        max_tokens: int,
+        max_texts: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self._states = states
+        self._max_model_len = max_model_len
+        # Tokens, positions, and where each text begins, one more than there may be, and where the last one ends.
+        self._inputs = torch.zeros(2 * max_tokens + max_texts + 2, dtype=torch.int64, device=device)
+
+    def fill(self, texts: Sequence[array[int]], size: tuple[int, int]) -> None:
+        """Write texts, filled up to a size of tokens and texts."""
+        num_tokens, num_texts = size
+        values = np.zeros(2 * num_tokens + num_texts + 2, dtype=np.int64)
+        tokens, positions, starts = self._parts(values, size)
+        ends = list(accumulate(len(text) for text in texts))
+        for text, end in zip(texts, ends, strict=True):
+            tokens[end - len(text) : end] = np.frombuffer(text, np.uint32)
+            positions[end - len(text) : end] = np.arange(len(text))
+        starts[1 : len(ends) + 1] = ends
+        starts[len(ends) + 1 : -1] = ends[-1] if ends else 0
+        starts[-1] = num_tokens
+        self._inputs[: len(values)].copy_(upload(values, self._inputs.device), non_blocking=True)
+
+    def compute(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """States [T, hidden] of what was written, and where the texts begin; nothing depends on the values."""
+        tokens, positions, starts = self._parts(self._inputs, size)
+        query_starts = starts.int()
+        num_tokens, num_texts = size
+        nothing = tokens[:0]
+        batch = Batch(
+            token_ids=tokens,
+            positions=positions,
+            slots=nothing,
+            query_starts=query_starts,
+            context_lens=query_starts.diff(),
+            block_tables=torch.zeros(num_texts + 1, 1, dtype=torch.int32, device=tokens.device),
+            num_decodes=0,
+            query_lens=(num_tokens,) + (0,) * num_texts,  # of the present ones only the sum is known
+            context_lens_host=(self._max_model_len,) * (num_texts + 1),
+            logits_rows=nothing,
+            block_size=1,
+        )
+        return self._states(batch), query_starts
+
+    @staticmethod
+    def _parts(values: Any, size: tuple[int, int]) -> Iterator[Any]:
+        num_tokens, num_texts = size
+        yield values[:num_tokens]
+        yield values[num_tokens : 2 * num_tokens]
+        yield values[2 * num_tokens : 2 * num_tokens + num_texts + 2]
+
+
+class TextGraphs:
+    """A graph for each size of batch.
+
+    Attributes:
+        sizes: tokens and texts of those that have one, ascending.
+        replays: batches computed by a graph.
+    """
+
+    def __init__(self, step: StaticTexts, sizes: list[tuple[int, int]]) -> None:
+        self.sizes = sizes
+        self.replays = 0
+        self._step = step
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture all of them, the largest first: the others find room in its memory."""
+        step, pool = self._step, torch.cuda.graph_pool_handle()
+        for size in reversed(self.sizes):
+            step.fill((), size)
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step.compute(size)  # compiles, and lets libraries set themselves up
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                states, starts = step.compute(size)
+            self._graphs[size] = graph, states, starts
+
+    def size_for(self, texts: Sequence[array[int]]) -> tuple[int, int] | None:
+        """The smallest size that holds the texts, if one does."""
+        num_tokens = sum(map(len, texts))
+        return next((size for size in self.sizes if size[0] >= num_tokens and size[1] >= len(texts)), None)
+
+    def run(self, texts: Sequence[array[int]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """States [T, hidden] of texts and where they begin [S + 1]; the next batch overwrites them."""
+        self._step.fill(texts, size)
+        self.replays += 1
+        states, starts = self._computed(size)
+        return states[: sum(map(len, texts))], starts[: len(texts) + 1]
+
+    def _computed(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        graph, states, starts = self._graphs[size]
+        graph.replay()
+        return states, starts

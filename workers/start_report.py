@@ -1,0 +1,96 @@
+"""Where the time of a start went: phases, one after the other, as the rank measured them. Light to import.
+
+imports   of Python and of the libraries, since the launcher started the process
+model     its config and headers, and the GPU's context
+weights   read from the files to where they stay
+memory    the dry run of the largest step, and the KV cache
+kernels   warming up
+graphs    captured
+broker    from warm to ready: the slowest rank, and the broker's answer
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Phase", "StartClock", "StartReport"]
+
+_MOST = 32  # phases in a message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One phase.
+
+    Attributes:
+        name: one of those above.
+        seconds: that it took.
+        amount: bytes of weights, tokens of the cache, kernels, graphs; 0 if nothing was counted.
+    """
+
+    name: str
+    seconds: float
+    amount: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StartReport:
+    """All phases of a start, in order."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the start of the process to the end of the last phase."""
+        return sum(phase.seconds for phase in self.phases)
+
+    def then(self, phase: Phase) -> StartReport:
+        """This, and one more."""
+        return StartReport((*self.phases, phase))
+
+    def to_wire(self) -> list[list[Any]]:
+        """Plain values, for the pipe to the launcher."""
+        return [[phase.name, phase.seconds, phase.amount] for phase in self.phases]
+
+    @classmethod
+    def from_wire(cls, message: Mapping[str, Any]) -> StartReport:
+        """The report of a rank's message; what is not understood is left out."""
+        phases = message.get("phases")
+        found = []
+        for entry in phases[:_MOST] if isinstance(phases, list) else ():
+            match entry:
+                case [str(name), float() | int() as seconds, int(amount)] if 0 <= seconds < math.inf and amount >= 0:
+                    found.append(Phase(name=name[:20], seconds=float(seconds), amount=amount))
+        return cls(tuple(found))
+
+    def __str__(self) -> str:
+        """For logs, in one line."""
+        return ", ".join(f"{phase.name} {phase.seconds:.1f} s" for phase in self.phases)
+
+
+class StartClock:
+    """Measures phases as they pass.
+
+    Args:
+        began: when the first began, by the same clock.
+        clock: seconds that only go forward.
+    """
+
+    def __init__(self, began: float | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since = clock() if began is None else began
+        self._phases: list[Phase] = []
+
+    def end(self, name: str, amount: int = 0) -> None:
+        """What went on since the last phase, or since the beginning, was this one."""
+        now = self._clock()
+        self._phases.append(Phase(name=name, seconds=max(0.0, now - self._since), amount=amount))
+        self._since = now
+
+    def report(self) -> StartReport:
+        """All phases that ended."""
+        return StartReport(tuple(self._phases))
