@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.benchmarks.published import DATE
-from headrace.benchmarks.report import Row, amount
+from headrace.benchmarks.report import PHASES, Row, amount
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ __all__ = ["check_installed", "plot_report"]
 
 _OURS, _LIMIT, _GOAL = "#0b6e4f", "#222222", "#c1121f"
 _PEERS = ("#8d99ae", "#b08968", "#6d597a", "#457b9d", "#bc6c25", "#7f5539")
-_PHASES = ("process_s", "import_s", "load_s", "warm_up_s", "first_token_s")
 
 
 def check_installed() -> None:
@@ -138,10 +137,10 @@ def _phases(axes: Axes, group: Sequence[Row]) -> None:
     for at, row in enumerate(group):
         left = 0.0
         [figure] = row.figures.values()
-        for number, phase in enumerate(_PHASES):
-            name = phase.removesuffix("_s").replace("_", " ")
-            value = float(figure.get(phase, 0.0))
-            colour = _OURS if phase == "load_s" else _PEERS[number]
+        for number, phase in enumerate(PHASES):
+            name = phase.replace("_", " ")
+            value = float(figure.get(f"{phase}_s", 0.0))
+            colour = _OURS if phase == "weights" else _PEERS[number % len(_PEERS)]
             axes.barh(at, value, left=left, color=colour, label=name if at == 0 else f"_{name}")
             left += value
         axes.text(left, at, f" {amount(left)}", va="center", fontsize=7)

@@ -14,8 +14,9 @@ from headrace.benchmarks.subject import OURS
 from headrace.errors import ConfigError
 from headrace.scripts.terminal import table
 
-__all__ = ["Report", "Row", "amount", "read_report", "report_lines", "span", "verdict"]
+__all__ = ["PHASES", "Report", "Row", "amount", "read_report", "report_lines", "span", "verdict"]
 
+PHASES = ("imports", "model", "weights", "memory", "kernels", "graphs", "broker", "first_token")  # of a start
 _VERSION = 1
 _CASE = {
     "batch": "batch",
@@ -165,7 +166,7 @@ def _details(rows: Sequence[Row]) -> tuple[str, ...]:
         "prefill": ("first_token_ms",),
         "serve": tuple(f"{name}_p{share}_ms" for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)),
         "compare": ("in_process",),
-        "startup": ("process_s", "import_s", "load_s", "warm_up_s", "first_token_s"),
+        "startup": tuple(f"{name}_s" for name in PHASES),
     }
     return shown.get(rows[0].measure.partition(" ")[0], ())
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from headrace.benchmarks import plots, published
-from headrace.benchmarks.report import Report, Row, amount, read_report, report_lines, span, verdict
+from headrace.benchmarks.report import PHASES, Report, Row, amount, read_report, report_lines, span, verdict
 from headrace.benchmarks.shapes import SHAPES
 from headrace.benchmarks.traces import kernel_lines, kind_of
 from headrace.errors import ConfigError
@@ -113,7 +113,7 @@ def test_pictures_of_a_file(tmp_path):
     path = tmp_path / "out.json"
     report = Report(path, FACTS)
     report.add(row())
-    phases = dict.fromkeys(("process_s", "import_s", "load_s", "warm_up_s", "first_token_s"), 1.0)
+    phases = {f"{name}_s": 1.0 for name in PHASES}
     report.add(row(measure="startup cold", title="Start", figures={"headrace": {"value": 5.0, **phases}}))
     times = {f"{name}_p{share}_ms": 10.0 + share for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)}
     report.add(row(measure="serve", title="Serve", figures={"headrace": {"value": 5.0, **times}}))
