@@ -306,7 +306,7 @@ def _sum(x, out, size, BLOCK: tl.constexpr):  # noqa: N803  # constants of a ker
 
 def place_cases() -> Iterator[Case]:
     """The last entry of the last row's table, and none that is expected beyond its row."""
-    for num_rows, width in [(1, 1), (3, 5), (4, 1500)]:
+    for num_rows, width in [(1, 1), (2, 1), (3, 5), (5, 16), (4, 1500), (2, 1024)]:
         rows = torch.arange(num_rows).flip(0)
         tables, last_tokens = torch.ones(num_rows, width, dtype=torch.int32), torch.arange(num_rows)
         tokens, positions = torch.full((num_rows,), EXPECTED), torch.full((num_rows,), width * 16 - 1)
