@@ -89,7 +89,7 @@ class Report:
             return
         content = {"version": _VERSION, "facts": self.facts, "rows": [asdict(row) for row in self.rows]}
         new = self._path.with_name(self._path.name + ".new")
-        new.write_text(json.dumps(content, indent=1) + "\n")
+        new.write_text(json.dumps(_rounded(content), indent=1) + "\n")
         new.replace(self._path)
 
     def known(self, measure: str, shape: str | None, dtype: str, **case: int) -> dict[str, Any]:
@@ -98,6 +98,18 @@ class Report:
             return {}
         entry = find(measure, shape, dtype, **case)
         return {} if entry is None else {"goal": entry.goal, "published": dict(entry.peers)}
+
+
+def _rounded(content: Any) -> Any:
+    """With six digits."""
+    match content:
+        case float():
+            return float(f"{content:.6g}")
+        case dict():
+            return {name: _rounded(value) for name, value in content.items()}
+        case list() | tuple():
+            return [_rounded(value) for value in content]
+    return content
 
 
 def read_report(path: Path) -> tuple[dict[str, Any], list[Row]]:

@@ -13,6 +13,7 @@ from headrace.benchmarks.report import PHASES, Report, Row, amount, read_report,
 from headrace.benchmarks.shapes import SHAPES
 from headrace.benchmarks.traces import kernel_lines, kind_of
 from headrace.errors import ConfigError
+from headrace.kernels.ops import attend_triton, decode_triton, experts_triton, gemv_triton, skinny_triton
 from headrace.scripts.main import cli
 
 FACTS = {"device": "NVIDIA H200", "date": "2026-11-25", "read GB/s": 4380.0, "ceilings": {"read": 4.38e12}}
@@ -86,6 +87,16 @@ def test_the_file_is_whole_after_every_row(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_figures_in_the_file_have_as_many_digits_as_mean_something(tmp_path):
+    path = tmp_path / "out.json"
+    Report(path, FACTS).add(row(0.7852119999824936, limit=4_379_123_456.7))
+    _, [found] = read_report(path)
+
+    assert found.value("headrace") == 0.785212
+    assert found.limit == 4_379_120_000
+    assert found.case["batch"] == 1
+
+
 def test_goals_are_those_of_the_device():
     case = {"batch": 1, "prompt_tokens": 128, "output_tokens": 48}
 
@@ -125,6 +136,15 @@ def test_pictures_of_a_file(tmp_path):
     assert "llama-8b" in result.output
     files = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert files == ["decode-ms-from-step-to-step.png", "serve.png", "start.png"]
+
+
+def test_kinds_of_our_kernels():
+    """By the names that a profiler shows: those of their functions."""
+    products = [gemv_triton.gemv, skinny_triton.skinny]
+    products += [experts_triton._product, experts_triton._up, experts_triton._down]
+
+    assert {kind_of(kernel.__name__) for kernel in products} == {"matmul"}
+    assert {kind_of(kernel.__name__) for kernel in (attend_triton._attend, decode_triton._decode)} == {"attention"}
 
 
 def test_kinds_of_kernels():
