@@ -1,6 +1,6 @@
 """Which kernel computes a product of a few rows, and with which tiles: measured on a GPU and stored for it, or guessed.
 
-`python -m benchmarks.tune` measures and writes `kernels/tuned/<name of the GPU>.json`:
+`python -m headrace.benchmarks.tune` measures and writes `kernels/tuned/<name of the GPU>.json`:
 
     {"gpu": "NVIDIA H200", ..., "linear": [{"rows": 1, "n": 6144, "k": 4096, "gated": false, "itemsize": 2,
       "kernel": "gemv", "block_n": 4, "block_k": 2048, "warps": 8, "stages": 1, "splits": 1, "us": 13.2, ...}, ...]}
