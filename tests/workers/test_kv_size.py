@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -123,6 +126,22 @@ def test_the_cache_takes_what_weights_and_steps_leave(loaded, gpu):
     assert config.kv_tokens < 4 * 512
     used = 200 * MIB + 599 * MIB + (config.kv_tokens // 16 + 2) * block
     assert 800 * MIB - 2 * block < used <= 800 * MIB
+
+
+def test_the_dry_run_leaves_nothing_behind(loaded, gpu, monkeypatch):
+    """Its cache would be counted as in use, if it waited for the collector."""
+    gpu(10_000 * MIB)
+    caches = []
+    make = KVCache.__init__
+    monkeypatch.setattr(
+        KVCache, "__init__", lambda cache, *args: (caches.append(weakref.ref(cache)), make(cache, *args))[1]
+    )
+    gc.disable()
+    try:
+        sized(loaded, GpuMemory(total=10_000 * MIB, held=0, utilization=0.9))
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_what_steps_take_can_make_it_too_much(loaded, gpu):
