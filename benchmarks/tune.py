@@ -1,7 +1,7 @@
 """Finds the tiles of products of a few rows on this GPU, for the shapes of well-known models, and stores them.
 
-    python -m benchmarks.tune                               all models; writes kernels/tuned/<name of the GPU>.json
-    python -m benchmarks.tune --model llama-8b --rows 1     some of it; what else the table holds stays
+    python -m headrace.benchmarks.tune                             writes kernels/tuned/<name of the GPU>.json
+    python -m headrace.benchmarks.tune --model llama-8b --rows 1   some of it; what else the table holds stays
 
 Each candidate is timed as decode steps run it: launch after launch in a CUDA graph, with what comes before and after
 the product, and with another weight every time, so that it comes from memory and not from the L2 cache. GB/s are those
@@ -25,34 +25,9 @@ from typing import Any
 
 import click
 
-# name -> class of transformers, and the sizes of the checkpoint of that name
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-8b": (
-        "Llama",
-        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-        | {"vocab_size": 128256},
-    ),
-    "llama-1b": (
-        "Llama",
-        {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
-        | {"vocab_size": 128256},
-    ),
-    "qwen-0.5b": (
-        "Qwen2",
-        {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
-        | {"vocab_size": 151936},
-    ),
-    "gpt2-xl": ("GPT2", {"n_embd": 1600, "n_head": 25}),
-    "opt-6.7b": ("OPT", {"hidden_size": 4096, "ffn_dim": 16384, "num_attention_heads": 32}),
-    "gpt-j-6b": ("GPTJ", {"n_embd": 4096, "n_head": 16, "rotary_dim": 64}),
-    "pythia-6.9b": ("GPTNeoX", {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}),
-    "bloom-7b1": ("Bloom", {"hidden_size": 4096, "n_head": 32}),
-    "falcon-7b": ("Falcon", {}),
-    "t5-3b": ("T5", {"d_model": 1024, "d_ff": 16384, "d_kv": 128, "num_heads": 32, "num_layers": 2}),
-    "bert-large": ("Bert", {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}),
-}
-_HEADS = {"T5": "ForConditionalGeneration", "OPT": "ForCausalLM", "Bert": "ForMaskedLM"}
-_HEAD_MODELS = {"GPT2": "GPT2LMHeadModel"}
+from headrace.benchmarks.shapes import SHAPES, find_source
+
+MODELS = [name for name in SHAPES if not name.startswith("tiny")]
 
 # Depths and warps of a program whose threads each load 16 bytes of a row at once, or 32.
 _GEMV_DEPTHS = [(256, 1), (512, 2), (1024, 4), (2048, 8), (512, 1), (2048, 4)]
@@ -123,14 +98,9 @@ def main(models: tuple[str, ...], rows: tuple[int, ...], workers: int, path: Pat
 
 def products_of(name: str) -> Iterator[Product]:
     """The products of a few rows that a decode step of a model computes."""
-    import transformers
+    from headrace.benchmarks.models import spec_of
 
-    from headrace.kernels.policies import find_policy
-
-    kind, sizes = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**sizes)
-    config.architectures = [_HEAD_MODELS.get(kind, kind + _HEADS.get(kind, "ForCausalLM"))]
-    spec = find_policy(config.architectures[0]).spec(config)
+    spec = spec_of(find_source(name, layers=2))
     layer, hidden = spec.layers[0], spec.hidden_size
     norm = None if layer.placement == "post" or layer.residual_from_norm else layer.norm
     heads = layer.attention
@@ -231,16 +201,16 @@ def _replayed(call: Any) -> float:
     """Microseconds of a call in a CUDA graph."""
     import torch
 
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         call()
-    times = []
+    times: list[float] = []
     for _ in range(6):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
