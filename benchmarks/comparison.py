@@ -17,13 +17,14 @@ from headrace.benchmarks.measure import Case, Measure, Timeline
 from headrace.benchmarks.measures import MEASURES
 from headrace.benchmarks.report import Report, Row
 from headrace.benchmarks.shapes import Source
-from headrace.benchmarks.subject import OURS, Room, run_subject
+from headrace.benchmarks.subject import OURS, SUBJECTS, Room, run_subject
 from headrace.benchmarks.surveyor import survey
 from headrace.benchmarks.worker import OrderError, Worker
 
 __all__ = ["Comparison", "Surveyor"]
 
 _PATIENCE = 900.0  # seconds for one order; compilers are slow
+_OVERTIME = 60.0  # seconds that an order which began in time may take beyond the deadline
 _WARM_TOKENS = 8  # of the round that nobody times: compilers see each kind of step, and caches fill
 
 
@@ -52,8 +53,9 @@ class Surveyor:
 class _Runner:
     """One subject's process, with the model that it should have."""
 
-    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, name: str, settings: dict[str, Any], deadline: float) -> None:
         self.name = name
+        self._deadline = deadline
         self._settings = {"name": name, **settings}
         self._worker: Worker | None = None
         self._wanted: tuple[Source, Room] | None = None
@@ -109,8 +111,9 @@ class _Runner:
 
     def _order(self, order: str, **fields: Any) -> Any:
         assert self._worker is not None
+        limit = min(_PATIENCE, max(0.0, self._deadline - time.monotonic()) + _OVERTIME)
         try:
-            return self._worker.ask(order, limit=_PATIENCE, **fields)
+            return self._worker.ask(order, limit=limit, **fields)
         except OrderError:
             self.close()  # nobody knows what it left behind
             raise
@@ -152,7 +155,7 @@ class Comparison:
     ) -> None:
         self._surveyor = surveyor
         self._report = report
-        self._runners = [_Runner(name, settings) for name in dict.fromkeys((ours, *peers))]
+        self._runners = [_Runner(name, settings, deadline) for name in dict.fromkeys((ours, *peers))]
         self._step_tokens = step_tokens
         self._seed = seed
         self._note = note
@@ -221,8 +224,9 @@ class Comparison:
             for runner in runners:
                 if runner.name in failed:
                     continue
+                whole = number >= 0 or SUBJECTS[runner.name].warms_whole
                 try:
-                    timeline = self._round(runner, measure, case if number >= 0 else warm, model, number)
+                    timeline = self._round(runner, measure, case if whole else warm, model, number)
                 except OrderError as error:
                     failed[runner.name] = str(error)
                     continue
@@ -285,7 +289,7 @@ class Comparison:
             case=load,
             figures=figures,
             limit=measure.figure(case, least),
-            **self._report.known(case.measure, case.source.name, dtype, **load),
+            **self._report.known(case.measure, case.source.shape, dtype, **load),
         )
         self._report.add(row)
         said = ", ".join(f"{name} {_said(figure)}" for name, figure in figures.items())

@@ -166,7 +166,7 @@ def _add_unmeasured(session: Session, source: Source) -> None:
         measure = MEASURES[entry.measure]
         case: dict[str, Any] = {"batch": entry.batch, "prompt_tokens": entry.prompt_tokens}
         case |= {} if entry.output_tokens is None else {"output_tokens": entry.output_tokens}
-        known = session.report.known(entry.measure, entry.shape, entry.dtype, **case)
+        known = session.report.known(entry.measure, source.shape, entry.dtype, **case)
         if known:
             session.report.add(
                 Row(

@@ -13,6 +13,7 @@ from headrace.benchmarks.models import random_module, spec_of
 from headrace.benchmarks.shapes import Source
 from headrace.benchmarks.subject import Room
 from headrace.workers.config import EngineConfig
+from headrace.workers.rank import keep_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ class Headrace:
     """The engine, with CUDA graphs or without."""
 
     def __init__(self, device: torch.device, *, graphs: bool) -> None:
+        keep_kernels()
         self._device = device
         self._graphs = graphs
         self._engine: Any = None

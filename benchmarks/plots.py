@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.benchmarks.published import DATE
-from headrace.benchmarks.report import Row, amount
+from headrace.benchmarks.report import PHASES, Row, amount
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ __all__ = ["check_installed", "plot_report"]
 
 _OURS, _LIMIT, _GOAL = "#0b6e4f", "#222222", "#c1121f"
 _PEERS = ("#8d99ae", "#b08968", "#6d597a", "#457b9d", "#bc6c25", "#7f5539")
-_PHASES = ("process_s", "import_s", "load_s", "warm_up_s", "first_token_s")
 
 
 def check_installed() -> None:
@@ -56,12 +55,13 @@ def plot_report(facts: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> 
             continue
         kind = group[0].measure.partition(" ")[0]
         draw = {"startup": _phases, "serve": _served}.get(kind, _bars)
-        figure = Figure(figsize=(9, 1.6 + 0.34 * _height(group, kind)), layout="constrained")
+        figure = Figure(figsize=(9, 1.8 + 0.25 * _height(group, kind)), layout="constrained")
         axes = figure.subplots()
         draw(axes, group)
         axes.set_title(f"{title}\n{facts.get('device', '')}, {facts.get('date', '')}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.margins(y=0.01)
+        figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
         path = folder / f"{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.png"
         figure.savefig(path, dpi=150)
         paths.append(path)
@@ -137,10 +137,10 @@ def _phases(axes: Axes, group: Sequence[Row]) -> None:
     for at, row in enumerate(group):
         left = 0.0
         [figure] = row.figures.values()
-        for number, phase in enumerate(_PHASES):
-            name = phase.removesuffix("_s").replace("_", " ")
-            value = float(figure.get(phase, 0.0))
-            colour = _OURS if phase == "load_s" else _PEERS[number]
+        for number, phase in enumerate(PHASES):
+            name = phase.replace("_", " ")
+            value = float(figure.get(f"{phase}_s", 0.0))
+            colour = _OURS if phase == "weights" else _PEERS[number % len(_PEERS)]
             axes.barh(at, value, left=left, color=colour, label=name if at == 0 else f"_{name}")
             left += value
         axes.text(left, at, f" {amount(left)}", va="center", fontsize=7)

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headrace.benchmarks.published import DATE, DEVICE, Published, Value, find
+from headrace.benchmarks.published import DATE, DEVICE, Value, find
 from headrace.benchmarks.subject import OURS
 from headrace.errors import ConfigError
 from headrace.scripts.terminal import table
 
-__all__ = ["Report", "Row", "amount", "read_report", "report_lines", "span", "verdict"]
+__all__ = ["PHASES", "Report", "Row", "amount", "read_report", "report_lines", "span", "verdict"]
 
+PHASES = ("imports", "model", "weights", "memory", "kernels", "graphs", "broker", "first_token")  # of a start
 _VERSION = 1
 _CASE = {
     "batch": "batch",
@@ -88,17 +89,27 @@ class Report:
             return
         content = {"version": _VERSION, "facts": self.facts, "rows": [asdict(row) for row in self.rows]}
         new = self._path.with_name(self._path.name + ".new")
-        new.write_text(json.dumps(content, indent=1) + "\n")
+        new.write_text(json.dumps(_rounded(content), indent=1) + "\n")
         new.replace(self._path)
 
-    def known(self, measure: str, shape: str, dtype: str, **case: int) -> dict[str, Any]:
-        """What is published of a case, as fields of a row; nothing on another device."""
-        entry = find(measure, shape, dtype, **case) if self.facts.get("device", "").startswith(DEVICE) else None
-        return {} if entry is None else _known(entry)
+    def known(self, measure: str, shape: str | None, dtype: str, **case: int) -> dict[str, Any]:
+        """What is published of a case, as fields of a row; nothing on another device, or of another model."""
+        if shape is None or not str(self.facts.get("device", "")).startswith(DEVICE):
+            return {}
+        entry = find(measure, shape, dtype, **case)
+        return {} if entry is None else {"goal": entry.goal, "published": dict(entry.peers)}
 
 
-def _known(entry: Published) -> dict[str, Any]:
-    return {"goal": entry.goal, "published": dict(entry.peers)}
+def _rounded(content: Any) -> Any:
+    """With six digits."""
+    match content:
+        case float():
+            return float(f"{content:.6g}")
+        case dict():
+            return {name: _rounded(value) for name, value in content.items()}
+        case list() | tuple():
+            return [_rounded(value) for value in content]
+    return content
 
 
 def read_report(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -143,16 +154,16 @@ def _table(rows: Sequence[Row]) -> list[str]:
     more = [name for name in _details(rows) if any(name in _own(row) for row in rows)]
     peers = list(dict.fromkeys(name for row in rows for name in row.published))
     limits, goals = any(row.limit for row in rows), any(row.goal for row in rows)
-    heads = ["model", "dtype", *(_CASE[name] for name in case), *subjects]
-    heads += [_short(name) for name in more]
+    heads = ["model", "dtype", *(_CASE[name] for name in case), *subjects[:1], *map(_short, more), *subjects[1:]]
     heads += ["limit" if rows[0].more_is_better else "floor", "of it"] if limits else []
     heads += ["goal", ""] if goals else []
     heads += [f"{name}*" for name in peers]
     cells = []
     for row in rows:
         line = [row.model, row.dtype, *(str(row.case.get(name, "-")) for name in case)]
-        line += [_cell(row, name) for name in subjects]
+        line += [_cell(row, name) for name in subjects[:1]]
         line += [amount(_own(row).get(name)) for name in more]
+        line += [_cell(row, name) for name in subjects[1:]]
         line += [amount(row.limit), _share(row)] if limits else []
         line += [amount(row.goal), verdict(row)] if goals else []
         cells.append(line + [span(row.published.get(name)) for name in peers])
@@ -167,7 +178,7 @@ def _details(rows: Sequence[Row]) -> tuple[str, ...]:
         "prefill": ("first_token_ms",),
         "serve": tuple(f"{name}_p{share}_ms" for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)),
         "compare": ("in_process",),
-        "startup": ("process_s", "import_s", "load_s", "warm_up_s", "first_token_s"),
+        "startup": tuple(f"{name}_s" for name in PHASES),
     }
     return shown.get(rows[0].measure.partition(" ")[0], ())
 

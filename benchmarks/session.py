@@ -116,7 +116,8 @@ class Session:
             self.report.facts |= self._facts()
         except OrderError as error:
             self._stack.close()
-            raise ConfigError(f"The device cannot be measured: {error}", param="device") from None
+            why = f"The device cannot be measured: {error}. Is another program at work on it?"
+            raise error.error or ConfigError(why, param="device") from None
         except BaseException:
             self._stack.close()
             raise
@@ -167,13 +168,16 @@ class Session:
         try:
             return self._surveyor.ask(order, **fields)
         except OrderError as error:
-            raise InternalError(f"The order {order!r} of the benchmark failed: {error}.") from None
+            raise error.error or InternalError(f"The order {order!r} of the benchmark failed: {error}.") from None
 
     def compare(self, cases: Sequence[Case]) -> None:
         """Measure cases, in process, model by model."""
         for source in dict.fromkeys(case.source for case in cases):
             own = [case for case in cases if case.source == source]
-            self._profiles += self._comparison.run(own, trace=self.settings.traces)
+            try:
+                self._profiles += self._comparison.run(own, trace=self.settings.traces)
+            except OrderError as error:  # of the surveyor; what subjects cannot do costs their rows
+                raise error.error or InternalError(f"{source.name} cannot be measured: {error}.") from None
 
     def release(self) -> None:
         """Leave the device to others: nothing that was measured in process holds a model."""

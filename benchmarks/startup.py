@@ -1,12 +1,9 @@
-"""Seconds from nothing to the first token: a fresh process loads a model folder with the settings of `headrace up`.
+"""Seconds from nothing to the first token: a worker group of its own, started as `headrace up` starts it.
 
-    process     until the interpreter runs
-    import      torch, transformers and ours
-    load        the weights, from the folder to where they stay
-    warm_up     kernels compiled, CUDA graphs captured; a group says that it is ready
-    first_token of a short prompt
+The clock begins when the launcher starts the group's process, and ends when a client has the first token of a short
+prompt; a broker runs already. Between are the phases that the group tells of (`headrace.workers.start_report`), from
+imports to the broker's answer, and the first token.
 
-The engine's own process is measured, which is what a worker of a group does, without broker and launcher around it.
 `cold`: no kernel is compiled yet, and the files of the weights are dropped from the memory of the system. `warm`: the
 next start, and the ones after it.
 """
@@ -14,10 +11,11 @@ next start, and the ones after it.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import queue
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,23 +25,37 @@ from headrace.benchmarks.report import Row
 from headrace.benchmarks.session import Session
 from headrace.benchmarks.shapes import Source
 from headrace.benchmarks.subject import OURS
-from headrace.errors import HeadraceError
-from headrace.processes import Child, parent
+from headrace.client import Client, Timeouts
+from headrace.errors import HeadraceError, InternalError
+from headrace.processes import Child
+from headrace.scripts.greeting import find_card
+from headrace.scripts.parts import run_broker
+from headrace.tasks import GENERATE
+from headrace.workers.config import EngineConfig
+from headrace.workers.group import GroupEvent, GroupSpec
+from headrace.workers.launcher import Launcher
+from headrace.workers.start_report import StartReport
 
-__all__ = ["PHASES", "start", "startup"]
+__all__ = ["startup"]
 
-PHASES = ("process", "import", "load", "warm_up", "first_token")
 _PATIENCE = 900.0
 _PROMPT = 32
+_MODEL = "started"
 
 
 def startup(session: Session, source: Source, *, starts: int) -> None:
     """Start cold once and warm `starts` times, and add a row for each kind."""
     folder, model = session.folder(source), session.model(source)
-    with tempfile.TemporaryDirectory(prefix="hr") as caches:
+    spec = GroupSpec(
+        name="bench",
+        folder=folder,
+        model_name=_MODEL,
+        config=EngineConfig(dtype=source.dtype, device=session.settings.device, cuda_graphs=not session.settings.eager),
+        threads=session.threads,
+    )
+    with tempfile.TemporaryDirectory(prefix="hr") as caches, _environment(TRITON_CACHE_DIR=caches):
         _drop(folder)
         for kind, count in (("cold", 1), ("warm", starts)):
-            figure = _figure(session, folder, source.dtype, Path(caches), count)
             name = f"startup {kind}"
             session.report.add(
                 Row(
@@ -53,99 +65,96 @@ def startup(session: Session, source: Source, *, starts: int) -> None:
                     model=f"{source.name}, {kind}",
                     dtype=model["dtype"],
                     case={},
-                    figures={OURS: figure},
-                    **session.report.known(name, source.name, model["dtype"]),
+                    figures={OURS: _figure(spec, count)},
+                    **session.report.known(name, source.shape, model["dtype"]),
                 )
             )
 
 
-def _figure(session: Session, folder: Path, dtype: str, caches: Path, count: int) -> dict[str, Any]:
-    """The median start, as its phases; they add up."""
+def _figure(spec: GroupSpec, count: int) -> dict[str, Any]:
+    """The median start, with its phases."""
     found = []
     for _ in range(count):
         try:
-            found.append(_once(session, folder, dtype, caches))
+            found.append(_once(spec))
         except HeadraceError as error:
             return {"error": error.message}
-    times = sorted(found, key=lambda phases: sum(phases.values()))
-    phases = times[(len(times) - 1) // 2]
-    total = [sum(one.values()) for one in found]
-    return {
-        "value": sum(phases.values()),
-        "starts": count,
-        "mean_s": statistics.fmean(total),
-        **{f"{name}_s": phases[name] for name in PHASES},
-        "ready_s": sum(phases[name] for name in PHASES[:-1]),
-    }
+    found.sort(key=lambda figure: figure["value"])
+    mean = statistics.fmean(figure["value"] for figure in found)
+    return found[(len(found) - 1) // 2] | {"starts": count, "mean_s": mean}
 
 
-def _once(session: Session, folder: Path, dtype: str, caches: Path) -> dict[str, float]:
-    """Seconds of each phase."""
-    settings = {
-        "folder": str(folder),
-        "config": {
-            "dtype": dtype,
-            "device": session.settings.device,
-            "cuda_graphs": not session.settings.eager,
-        },
-        "threads": session.threads,
-        "caches": str(caches),
-    }
-    spawned = time.monotonic()
-    with Child("bench-start", start, settings) as child:
-        said = child.wait_ready(_PATIENCE)
-    spans = itertools.pairwise([spawned, *said["times"]])
-    return {name: after - before for name, (before, after) in zip(PHASES, spans, strict=True)}
+def _once(spec: GroupSpec) -> dict[str, float]:
+    """One start: in all, and of each phase, in seconds."""
+    with tempfile.TemporaryDirectory(prefix="hr") as runtime, contextlib.ExitStack() as stack:
+        broker = stack.enter_context(
+            Child(
+                "bench-broker",
+                run_broker,
+                {"client_endpoint": f"ipc://{runtime}/c.sock", "worker_endpoint": f"ipc://{runtime}/w.sock"},
+            )
+        )
+        where = broker.wait_ready(_PATIENCE)
+        client = stack.enter_context(Client(where["endpoint"], timeouts=Timeouts(first_token=_PATIENCE)))
+        news: queue.SimpleQueue[GroupEvent] = queue.SimpleQueue()
+        launcher = stack.enter_context(Launcher([spec], where["worker_endpoint"], on_event=news.put))
+        began = time.monotonic()
+        launcher.start()
+        watch = threading.Thread(target=launcher.run, name="bench-launcher", daemon=True)
+        watch.start()
+        stack.callback(watch.join)
+        stack.callback(launcher.stop, 1.0)
+        report = _ready(news, began + _PATIENCE)
+        ready = time.monotonic()
+        _first_token(client)
+        ended = time.monotonic()
+    phases = {f"{phase.name}_s": phase.seconds for phase in report.phases}
+    return {"value": ended - began, "ready_s": ready - began, **phases, "first_token_s": ended - ready}
 
 
-def start(*, folder: str, config: dict[str, Any], threads: int, caches: str) -> None:
-    """Be the process that starts: says when each phase was over, by the clock that all processes of a machine share.
-
-    Raises:
-        HeadraceError: the model cannot be loaded.
-    """
-    times = [time.monotonic()]
-    for variable, name in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
-        os.environ[variable] = f"{caches}/{name}"
-    from headrace.workers.rank_threads import use_threads
-
-    use_threads(threads, crowded=False)
-    from headrace.workers.config import EngineConfig
-    from headrace.workers.engines import load_engine
-
-    times.append(time.monotonic())
-    engine = load_engine(Path(folder), EngineConfig(**config))
-    times.append(time.monotonic())
-    engine.warm_up()
-    times.append(time.monotonic())
-    _first_token(engine)
-    times.append(time.monotonic())
-    boss = parent()
-    assert boss is not None
-    boss.ready(times=times)
+def _ready(news: queue.SimpleQueue[GroupEvent], deadline: float) -> StartReport:
+    """Where the time went, once the group serves."""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            event = news.get(timeout=left)
+        except queue.Empty:
+            break
+        if event.kind in ("lost", "failed"):
+            raise event.error or InternalError(f"The group did not start: {event.text}.")
+        if event.kind == "ready" and event.start is not None:
+            return event.start
+    raise InternalError(f"The group was not ready after {_PATIENCE:.0f} s.")
 
 
-def _first_token(engine: Any) -> None:
-    from headrace.messages import Assignment, pack_tokens
-    from headrace.tasks import EMBED, GENERATE
+def _first_token(client: Client) -> None:
+    card = find_card(client, _MODEL)
+    prompt = [number % card.vocab_size for number in range(_PROMPT)]
+    if GENERATE in card.tasks:
+        client.generate(token_ids=prompt, max_tokens=1, ignore_eos=True, temperature=0.0)
+    else:
+        client.embed([prompt])
 
-    task = GENERATE if GENERATE in engine.card.tasks else EMBED
-    sampling = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True} if task == GENERATE else {}
-    prompt = pack_tokens(number % engine.card.vocab_size for number in range(_PROMPT))
-    engine.add(Assignment(request=b"first", choice=0, attempt=1, prompt=prompt, sampling=sampling, task=task), 0.0)
-    while engine.has_work:
-        result = engine.step(0.0)
-        if result.refusals:
-            raise RuntimeError(str(result.refusals[0].error.get("message", "refused")))
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Variables of the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _drop(folder: Path) -> None:
     """Let the system forget the weights, where it can be asked to: only what is on the disk can be dropped."""
-    for path in _files(folder):
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.glob("*.safetensors"):
         with contextlib.suppress(OSError), path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return folder.glob("*.safetensors") if hasattr(os, "posix_fadvise") else iter(())

@@ -9,25 +9,40 @@ from __future__ import annotations
 import gc
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from headrace.benchmarks.measure import Timeline
 from headrace.benchmarks.shapes import Source
 from headrace.benchmarks.worker import answer
 
-__all__ = ["OURS", "SUBJECTS", "Room", "Subject", "run_subject"]
+__all__ = ["OURS", "SUBJECTS", "Entry", "Room", "Subject", "run_subject"]
 
 OURS = "headrace"
 
-# name -> where it is, as module:class, with arguments of its own.
-SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
-    OURS: ("headrace.benchmarks.ours:Headrace", {"graphs": True}),
-    "headrace-eager": ("headrace.benchmarks.ours:Headrace", {"graphs": False}),
-    "transformers": ("headrace.benchmarks.peers:Transformers", {}),
-    "transformers-compile": ("headrace.benchmarks.peers:CompiledTransformers", {}),
-    "deepspeed": ("headrace.benchmarks.peers:DeepSpeed", {}),
-    "vllm": ("headrace.benchmarks.peers:VLLM", {}),
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a subject is.
+
+    Attributes:
+        place: module:class.
+        arguments: of that, besides the device.
+        warms_whole: whether its untimed round must be as long as the others, because it compiles for each length.
+    """
+
+    place: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    warms_whole: bool = False
+
+
+SUBJECTS: dict[str, Entry] = {
+    OURS: Entry("headrace.benchmarks.ours:Headrace", {"graphs": True}),
+    "headrace-eager": Entry("headrace.benchmarks.ours:Headrace", {"graphs": False}),
+    "transformers": Entry("headrace.benchmarks.peers:Transformers"),
+    "transformers-compile": Entry("headrace.benchmarks.peers:CompiledTransformers", warms_whole=True),
+    "deepspeed": Entry("headrace.benchmarks.peers:DeepSpeed"),
+    "vllm": Entry("headrace.benchmarks.peers:VLLM"),
 }
 
 
@@ -79,9 +94,9 @@ def run_subject(*, name: str, device: str, threads: int) -> None:
     use_threads(threads, crowded=True)  # the others wait on the same cores
     from headrace.workers.device import pick_device
 
-    where, arguments = SUBJECTS[name]
-    module, _, kind = where.partition(":")
-    orders = _Orders(getattr(importlib.import_module(module), kind)(device=pick_device(device), **arguments))
+    entry = SUBJECTS[name]
+    module, _, kind = entry.place.partition(":")
+    orders = _Orders(getattr(importlib.import_module(module), kind)(device=pick_device(device), **entry.arguments))
     answer({order: getattr(orders, order) for order in ("load", "generate", "encode", "profile", "unload")})
 
 

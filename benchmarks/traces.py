@@ -14,8 +14,10 @@ __all__ = ["kernel_lines", "kind_of", "traced"]
 
 _SHOWN = 16
 _KINDS = {
-    "attention": re.compile(r"attend|attention|flash|fmha|sdpa|softmax", re.IGNORECASE),
-    "matmul": re.compile(r"gemm|gemv|linear|matmul|cutlass|nvjet|splitk|::(add|b|baddb)?mm\b", re.IGNORECASE),
+    "attention": re.compile(r"attend|attention|flash|fmha|sdpa|softmax|^_decode$", re.IGNORECASE),
+    "matmul": re.compile(
+        r"gemm|gemv|skinny|linear|matmul|cutlass|nvjet|splitk|::(add|b|baddb)?mm\b|^_(product|up|down)$", re.IGNORECASE
+    ),
 }
 
 

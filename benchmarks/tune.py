@@ -1,6 +1,6 @@
 """Finds the tiles of products of a few rows on this GPU, for the shapes of well-known models, and stores them.
 
-    python -m headrace.benchmarks.tune                             writes kernels/tuned/<name of the GPU>.json
+    python -m headrace.benchmarks.tune                             all; writes kernels/tuned/<name of the GPU>.json
     python -m headrace.benchmarks.tune --model llama-8b --rows 1   some of it; what else the table holds stays
 
 Each candidate is timed as decode steps run it: launch after launch in a CUDA graph, with what comes before and after
@@ -28,6 +28,7 @@ import click
 from headrace.benchmarks.shapes import SHAPES, find_source
 
 MODELS = [name for name in SHAPES if not name.startswith("tiny")]
+_WITH_HEADS = {"BertModel": "BertForMaskedLM"}
 
 # Depths and warps of a program whose threads each load 16 bytes of a row at once, or 32.
 _GEMV_DEPTHS = [(256, 1), (512, 2), (1024, 4), (2048, 8), (512, 1), (2048, 4)]
@@ -69,7 +70,7 @@ class Candidate:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), help="Repeatable; default all.")
+@click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Repeatable; default all.")
 @click.option("--rows", "rows", multiple=True, type=int, default=(1, 2, 4, 16, 32, 64, 128), help="Repeatable.")
 @click.option("--workers", default=os.cpu_count() or 1, help="Processes that compile.")
 @click.option("--table", "path", type=click.Path(path_type=Path), help="File.  [default: that of this GPU]")
@@ -98,9 +99,12 @@ def main(models: tuple[str, ...], rows: tuple[int, ...], workers: int, path: Pat
 
 def products_of(name: str) -> Iterator[Product]:
     """The products of a few rows that a decode step of a model computes."""
-    from headrace.benchmarks.models import spec_of
+    from headrace.benchmarks.models import config_of
+    from headrace.kernels.policies import find_policy
 
-    spec = spec_of(find_source(name, layers=2))
+    config = config_of(find_source(name))
+    config.architectures = [_WITH_HEADS.get(config.architectures[0], config.architectures[0])]
+    spec = find_policy(config.architectures[0]).spec(config)
     layer, hidden = spec.layers[0], spec.hidden_size
     norm = None if layer.placement == "post" or layer.residual_from_norm else layer.norm
     heads = layer.attention
@@ -209,14 +213,14 @@ def _replayed(call: Any) -> float:
     with torch.cuda.graph(graph, stream=stream):
         call()
     times: list[float] = []
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[1:])
+    return float(statistics.median(times[1:]))
 
 
 def compile_all(candidates: list[Candidate], workers: int) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from headrace.errors import HeadraceError, from_wire
 from headrace.processes import Child, describe_exit, parent
 
 __all__ = ["OrderError", "Worker", "answer"]
@@ -23,7 +24,15 @@ _STARTING = 180.0  # seconds for an interpreter, and torch on a cold disk
 
 
 class OrderError(Exception):
-    """An order could not be carried out; the message is for the row that it costs."""
+    """An order could not be carried out; the message is for the row that it costs.
+
+    Attributes:
+        error: what a person can set right, if it is that.
+    """
+
+    def __init__(self, why: str, error: HeadraceError | None = None) -> None:
+        super().__init__(why)
+        self.error = error
 
 
 class Worker:
@@ -78,11 +87,12 @@ class Worker:
         while (left := deadline - time.monotonic()) > 0 and not self._child.closed:
             message = self._child.receive(left)
             if self._child.error is not None:
-                raise OrderError(self._child.error.message)
+                raise OrderError(self._child.error.message, self._child.error)
             if message is not None and message["kind"] == wanted:
                 return message
             if message is not None and message["kind"] == "failed":
-                raise OrderError(message["why"])
+                error = message["error"]
+                raise OrderError(message["why"], None if error is None else from_wire(error))
         if self._child.closed:
             raise OrderError(f"its process {describe_exit(self._child.join(5.0))}")
         raise OrderError(f"took longer than {limit:.0f} s")
@@ -103,7 +113,8 @@ def answer(orders: Mapping[str, Callable[..., Any]]) -> None:
             boss.send("done", result=order(**message))
         except Exception as error:  # whatever a peer raises costs one row
             logger.debug("an order failed", exc_info=True)
-            boss.send("failed", why=_reason(error))
+            known = error.to_wire() if isinstance(error, HeadraceError) else None
+            boss.send("failed", why=_reason(error), error=known)
 
 
 def _reason(error: Exception) -> str:

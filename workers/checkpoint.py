@@ -9,6 +9,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from headrace.errors import ConfigError, ModelFilesError, ModelNotFoundError, UnsupportedModelError
 from headrace.kernels.module_weights import quantization_of
-from headrace.kernels.policies import find_policy
+from headrace.kernels.policies import POLICIES, find_policy
 from headrace.kernels.policies.base import Policy
+from headrace.kernels.spec import ModelSpec
+from headrace.workers.facts import Facts, kept_facts
 
 __all__ = ["DTYPES", "Checkpoint", "Place"]
 
@@ -66,7 +69,6 @@ class Checkpoint:
 
     Attributes:
         folder: where it is.
-        config: config.json as transformers understands it.
         architecture: Hugging Face class name.
         policy: of its family.
         files: the safetensors files.
@@ -90,8 +92,7 @@ class Checkpoint:
                 param="model",
             )
         self.policy: Policy = find_policy(self.architecture) if policy is None else policy
-        self.config = self._load_config()
-        if (method := quantization_of(self.config)) is not None:
+        if (method := quantization_of(SimpleNamespace(**raw))) is not None:
             raise UnsupportedModelError(
                 f"The weights in {str(folder)!r} are quantized ({method}), which is not supported. Choose a checkpoint "
                 "in float32, bfloat16 or float16, or a .gguf file.",
@@ -134,8 +135,43 @@ class Checkpoint:
             return DTYPES[wanted]
         if wanted != "auto":
             raise ConfigError(f"dtype is {wanted!r}; give auto, {', '.join(DTYPES)}.", param="dtype")
-        own = self.config.dtype
-        return own if own in DTYPES.values() else torch.float32
+        return DTYPES.get(self.facts.dtype, torch.float32)
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """config.json as transformers understands it; imports transformers.
+
+        Raises:
+            ModelFilesError: it cannot be used.
+        """
+        return self._load_config()
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """What the config says of the model, without transformers if it was asked before.
+
+        Raises:
+            ModelFilesError: the config cannot be used.
+            UnsupportedModelError: the family is not covered as it is configured.
+        """
+        if any(self.policy is policy for policy in POLICIES):
+            return kept_facts((self.folder / "config.json").read_bytes(), self.policy, self._make_facts)
+        return self._make_facts()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the policy makes of the config."""
+        return self.facts.spec
+
+    def _make_facts(self) -> Facts:
+        config = self.config
+        ids = getattr(config, "eos_token_id", None)
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        return Facts(
+            spec=self.policy.spec(config),
+            dtype=str(config.dtype or "").removeprefix("torch."),
+            eos_token_ids=tuple(int(id) for id in listed),
+        )
 
     @functools.cached_property
     def tensors(self) -> dict[str, Place]:

@@ -39,7 +39,7 @@ def describe(
     tokenizer_config = checkpoint.read_json("tokenizer_config.json")
     generation = checkpoint.read_json("generation_config.json")
     blobs = _blobs(checkpoint, tokenizer_config)
-    spec = checkpoint.policy.spec(checkpoint.config)
+    spec = checkpoint.spec
     torch_dtype = str(checkpoint.dtype(dtype)).removeprefix("torch.")
     card = ModelCard(
         name=name or checkpoint.folder.name,
@@ -147,7 +147,7 @@ def _num_parameters(checkpoint: Checkpoint, *, tied: bool) -> int:
 
 
 def _end_ids(checkpoint: Checkpoint, generation: dict[str, Any]) -> tuple[int, ...]:
-    ids = generation.get("eos_token_id", getattr(checkpoint.config, "eos_token_id", None))
+    ids = generation.get("eos_token_id", list(checkpoint.facts.eos_token_ids))
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
     return tuple(dict.fromkeys(int(id) for id in listed))
 

@@ -206,22 +206,30 @@ class Engine:
                 self._take(choice, result)
 
     def warm_up(self, told: Callable[[str], None] = lambda phase: None) -> None:
-        """Compute what compiles all that serving needs, and capture graphs, so that the first request finds everything
-        in place; `told` hears "kernels", then "graphs" if there are any."""
+        """Capture graphs, and compute what compiles all that serving needs, so that the first request finds everything
+        in place; `told` hears "graphs", if there are any, then "kernels"."""
         assert not self._sequences, "warm up before taking streams on"
         counters = (self._generated_tokens, self._prompt_tokens, dataclasses.replace(self._scheduler.stats))
-        told("kernels")
-        sources, everything = self._start_token is not None, self._runner.on_gpu
+        on_gpu = self._runner.on_gpu
+        has_graphs = self.config.cuda_graphs and on_gpu
+        told("graphs" if has_graphs else "kernels")
+        self._compute_examples(everything=False)
+        if has_graphs:
+            self._runner.capture()
+            told("kernels")
+        if on_gpu:  # by graphs where there are any, as they will be used: that takes a fraction of the time
+            self._compute_examples(everything=True)
+        self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
+        self._runner.forget_replays()
+        self._compiled = compilations()
+
+    def _compute_examples(self, *, everything: bool) -> None:
+        sources = self._start_token is not None
         for streams in examples(self.card, self.config, sources=sources, everything=everything):
             for assignment in streams:
                 self.add(assignment, 0.0)
             while self.has_work:
                 self.step(0.0)
-        self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
-        if self.config.cuda_graphs and self._runner.on_gpu:
-            told("graphs")
-            self._runner.capture()
-        self._compiled = compilations()
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""

@@ -44,7 +44,7 @@ def load_engine(
             "fills masks. Use headrace.init_inference for it, or serve the model without its head.",
             param="model",
         )
-    spec = checkpoint.policy.spec(checkpoint.config)
+    spec = checkpoint.spec
     card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
     # Asked before the weights are read: who says what an answer begins with is seen at once.
     start_token = start_token_of(

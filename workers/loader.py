@@ -65,7 +65,7 @@ def load_checkpoint(
     """
     policy = checkpoint.policy
     with _Files(checkpoint) as files:
-        spec = own_spec(policy.spec(checkpoint.config), policy, files, task)
+        spec = own_spec(checkpoint.spec, policy, files, task)
         model = Model(spec, dtype=checkpoint.dtype(dtype), device=device)
         if task is not None:
             task.to(checkpoint.dtype(dtype)).to_empty(device=device).requires_grad_(False)

@@ -129,16 +129,19 @@ def _load(group: GroupSpec, launcher: Parent, clock: StartClock) -> Any:
 
 def _warm_up(engine: Any, clock: StartClock) -> None:
     """Warm the engine up, phase by phase."""
-    under_way = "kernels"
+    under_way: list[str] = []
 
     def told(phase: str) -> None:
-        nonlocal under_way
-        if phase != under_way:
-            clock.end(under_way)
-        under_way = phase
+        if under_way:
+            end()
+        under_way.append(phase)
+
+    def end() -> None:
+        phase = under_way.pop()
+        clock.end(phase, engine.load_gauges().get(phase, 0))
 
     engine.warm_up(told)
-    clock.end(under_way, engine.load_gauges().get(under_way, 0))
+    end()
 
 
 def _imported(path: str) -> Any:

@@ -68,6 +68,11 @@ class Runner:
         """Steps computed by a graph."""
         return 0 if self._graphs is None else self._graphs.replays
 
+    def forget_replays(self) -> None:
+        """Count them from here on."""
+        if self._graphs is not None:
+            self._graphs.replays = 0
+
     @property
     def num_graphs(self) -> int:
         """Sizes of batches that have a graph."""

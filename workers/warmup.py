@@ -34,7 +34,6 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "logprobs": 0},
     {"temperature": 0.9, "logprobs": 5},
 )
-_ROWS = 5  # of small batches: neither 1 nor a multiple of 16
 _MANY = 3  # tokens that a text is continued by
 
 
@@ -84,10 +83,10 @@ def examples(card: ModelCard, config: EngineConfig, *, sources: bool, everything
             yield [make(3, answered=length)]
     for options in _OPTIONS:
         yield [make(3, **options)]
-    rows = min(_ROWS, config.max_num_seqs)
-    yield [make(3 + row, **_OPTIONS[row % len(_OPTIONS)]) for row in range(rows)]
-    yield [make(3 + row, **all_options()) for row in range(rows)]
-    for count in sorted({min(count, config.max_num_seqs) for count in (2, _ROWS, 17, config.max_num_seqs)}):
+    for count in lengths_up_to(config.max_num_seqs):
+        yield [make(3, max_tokens=2) for _ in range(count)]
+        yield [make(3, **all_options()) for _ in range(count)]
+    for count in sorted({min(count, config.max_num_seqs) for count in (2, 5, 17, config.max_num_seqs)}):
         for context in (1, 100, budget):
             yield from _mixed(make, count, min(context, longest), budget)
 

@@ -6,7 +6,7 @@
 
 `attend_triton.py` and `decode_triton.py` are the kernels of all attentions, for many queries of a sequence and for one,
 `gemv_triton.py` and `skinny_triton.py` those of `linear` for a few rows; for more it calls cuBLAS. Of `sampling` only
-the choice has a kernel, which `edges_triton.py` tells what filters keep. The rest is what kernels share.
+the choice has a kernel, whose parts are `edges_triton.py` and `draw_triton.py`. The rest is what kernels share.
 
 A kernel computes in float32 and rounds at the edge, takes any shape, and reads nothing that is masked: what is not a
 number stays where it is. Tile sizes are fixed in a table at the top of each file, with the reason, those of `linear`

@@ -12,6 +12,7 @@ import triton.language as tl
 
 __all__ = [
     "BINS",
+    "GROUPS",
     "INFINITY",
     "NOWHERE",
     "UNIT",
@@ -20,19 +21,24 @@ __all__ = [
     "distance_of",
     "edge",
     "is_filtered",
+    "logits_of",
     "mass_of",
+    "nearest_groups",
     "open_tokens",
     "reached",
+    "takes_groups",
 ]
 
-# Distances up to 8 fall into bins of 1/16, larger ones into 16 for each power of two; the last bin has no end. No token
-# of it has a probability in any type, nor any chance. Counting into four times as many takes three times as long.
+# Distances up to 8 fall into bins of 1/16, larger ones into bins of 1/4. The last has no end: it begins so far off that
+# no token of it has a chance, and all together have less than 1e-11 of the probability. More bins take longer to count.
 BINS = tl.constexpr(256)
 _LAST_BIN = tl.constexpr(255)
-_EVEN_BINS = tl.constexpr(128)
-_EVEN_WIDTH = tl.constexpr(1.0 / 16.0)
-_EVEN_END = tl.constexpr(0x41000000)  # bits of 8.0
-_UNEVEN_SHIFT = tl.constexpr(19)
+_NEAR_BINS = tl.constexpr(128)
+_NEAR_END = tl.constexpr(8.0)
+_NEAR_PER = tl.constexpr(16.0)
+_FAR_PER = tl.constexpr(4.0)
+GROUPS = tl.constexpr(64)  # of a part's tokens, whose largest logits are known
+_SLOTS = tl.constexpr(1024)  # groups that are looked at; if there are more, several are put together
 INFINITY = tl.constexpr(0x7F800000)
 NOWHERE = tl.constexpr(0x7FFFFFFF)  # past every distance
 # Sums of bounds are in float32, as are the exponentials in them; both are far closer than this.
@@ -47,10 +53,21 @@ def is_filtered(top_k, top_p, vocab):
 
 
 @triton.jit
-def distance_of(row_logits, token, vocab, largest, temperature):
-    """How far tokens of a row are from the largest; infinitely past its end."""
-    value = tl.load(row_logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-    return tl.abs(tl.div_rn(value - largest, temperature))
+def takes_groups(top_k, vocab, parts):
+    """Whether the largest logits of groups tell the k-th largest well enough: k are at most half of them."""
+    return (top_k > 0) & (top_k < vocab) & (2 * top_k <= tl.minimum(parts * GROUPS, _SLOTS))
+
+
+@triton.jit
+def logits_of(row_logits, token, vocab):
+    """Logits of a row; past its end as if they were held back."""
+    return tl.load(row_logits + token, mask=token < vocab, other=float("-inf"))
+
+
+@triton.jit
+def distance_of(value, largest, temperature):
+    """How far logits are from the largest."""
+    return tl.abs(tl.div_rn(value.to(tl.float32) - largest, temperature))
 
 
 @triton.jit
@@ -62,17 +79,34 @@ def mass_of(distance):
 @triton.jit
 def bin_of(distance):
     """The number of the bin that a distance falls into."""
-    even = (tl.minimum(distance, 8.0) * (1.0 / _EVEN_WIDTH)).to(tl.int32)
-    uneven = _EVEN_BINS + ((distance.to(tl.int32, bitcast=True) - _EVEN_END) >> _UNEVEN_SHIFT)
-    return tl.where(distance < 8.0, even, tl.minimum(uneven, _LAST_BIN))
+    near = (tl.minimum(distance, _NEAR_END) * _NEAR_PER).to(tl.int32)
+    far = ((tl.minimum(distance, 1000.0) - _NEAR_END) * _FAR_PER).to(tl.int32) + _NEAR_BINS
+    return tl.where(distance < _NEAR_END, near, tl.minimum(far, _LAST_BIN))
 
 
 @triton.jit
-def _first_of_bin(number):
-    """Bits of the smallest distance of a bin; of infinity past the last."""
-    even = (number.to(tl.float32) * _EVEN_WIDTH).to(tl.int32, bitcast=True)
-    uneven = _EVEN_END + ((number - _EVEN_BINS) << _UNEVEN_SHIFT)
-    return tl.where(number < _EVEN_BINS, even, tl.where(number > _LAST_BIN, INFINITY, uneven))
+def _begin_of_bin(number):
+    """The smallest distance of a bin; of none past the last, infinity."""
+    near = number.to(tl.float32) * (1.0 / _NEAR_PER)
+    far = _NEAR_END + (number - _NEAR_BINS).to(tl.float32) * (1.0 / _FAR_PER)
+    return tl.where(number > _LAST_BIN, float("inf"), tl.where(number < _NEAR_BINS, near, far))
+
+
+@triton.jit
+def nearest_groups(groups, size, largest, temperature, top_k):
+    """Bits of a distance within which k groups have their largest logit, and so k tokens are; seldom many more."""
+    slot = tl.arange(0, _SLOTS)
+    peak = tl.full((_SLOTS,), float("-inf"), tl.float32)
+    for begin in range(0, size, _SLOTS):
+        peak = tl.maximum(peak, logits_of(groups, begin + slot, size))
+    bits = distance_of(peak, largest, temperature).to(tl.int32, bitcast=True)
+    low, high = 0, INFINITY - 1
+    for _ in range(14):
+        middle = low + (high - low) // 2
+        is_enough = tl.sum((bits <= middle).to(tl.int32), axis=0) >= top_k
+        high = tl.where(is_enough, middle, high)
+        low = tl.where(is_enough, low, tl.minimum(middle + 1, high))
+    return high + 1
 
 
 @triton.jit
@@ -113,14 +147,17 @@ def bracket(counts, total, top_k, top_p, vocab):
         if limited:
             end = kth  # all of top_k have their share in the sum
     rest = tl.where(limited, top_k.to(tl.int32) - tl.sum(tl.where(number < start, found, 0), axis=0), 0)
-    return _first_of_bin(start), _first_of_bin(end + 1), rest
+    return (
+        _begin_of_bin(start).to(tl.int32, bitcast=True),
+        _begin_of_bin(end + 1).to(tl.int32, bitcast=True),
+        rest,
+    )
 
 
 @triton.jit
 def _bounds(number, found, kth):
     """The most and the least that the tokens of bins can add to the sum of what top_k keeps."""
-    begin = _first_of_bin(number).to(tl.float32, bitcast=True)
-    end = _first_of_bin(number + 1).to(tl.float32, bitcast=True)
+    begin, end = _begin_of_bin(number), _begin_of_bin(number + 1)
     most = tl.where(number <= kth, found * tl.exp(-begin), 0.0)
     return most, tl.where(number < kth, found * tl.exp(-end), 0.0)
 
@@ -132,7 +169,7 @@ def open_tokens(
     """Bits of distances and names of a tile of tokens that may be kept; elsewhere NOWHERE."""
     place = begin + tl.arange(0, TILE)
     if unlisted:
-        bits = distance_of(row_logits, place, size, largest, temperature).to(tl.int32, bitcast=True)
+        bits = distance_of(logits_of(row_logits, place, size), largest, temperature).to(tl.int32, bitcast=True)
         name = place
     else:
         bits = tl.load(distances + place, mask=place < size, other=NOWHERE)
@@ -147,7 +184,7 @@ def reached(
 ):  # fmt: skip
     """Of tokens that may be kept and are no further than a limit, the sum of probabilities or the number; the furthest
     of them; the nearest of the others."""
-    total = tl.zeros((TILE,), tl.int64)
+    total = tl.zeros((TILE,), tl.int64 if MASSES else tl.int32)
     last = tl.full((TILE,), -1, tl.int32)
     following = tl.full((TILE,), NOWHERE, tl.int32)
     for begin in range(0, size, TILE):
@@ -158,7 +195,7 @@ def reached(
         if MASSES:
             total += mass_of(tl.where(inside, bits, INFINITY).to(tl.float32, bitcast=True))
         else:
-            total += inside.to(tl.int64)
+            total += inside.to(tl.int32)
         last = tl.maximum(last, tl.where(inside, bits, -1))
         following = tl.minimum(following, tl.where(inside, NOWHERE, bits))
     return tl.sum(total, axis=0), tl.max(last, axis=0), tl.min(following, axis=0)

@@ -1,15 +1,16 @@
 """The kernels of `choose`: four launches, or two where all rows are greedy, of a shape that only shapes decide.
 
-    _peak      rows x parts   the largest logit of a part and where it stands; clears what the others count in
-    _count     rows x parts   rows with top_k or top_p: how many tokens are how far from the largest, by bins
-    _narrow    rows x parts   from these counts: tokens kept for sure, of which the best is found, noise and all; and
-                              tokens of the few bins that hold an edge of what is kept, which are listed
+    _peak      rows x parts   the largest logit of a part and where it stands, and those of its groups of tokens; clears
+                              what the others count in
+    _count     rows x parts   rows with top_p or a large top_k: how many tokens are how far from the largest, by bins
+    _narrow    rows x parts   from these counts, tokens kept for sure, of which the best is found, noise and all; and
+                              tokens of the few bins that hold an edge of what is kept, which are listed. With a small
+                              top_k all that reach the k-th largest group are listed: that is few more than k
     _decide    rows           the edges, exactly, among what is listed; the best of what is kept of it, and of the parts
 
-How far a token is from the largest is its distance, -z. As a number that is not negative its bits are in order, so
-edges are compared and searched as whole numbers. Bins give bounds of sums of probabilities that are off by a few
-hundredths, of what is above an edge or of what is below it, whichever is less: few tokens are left between. If more are
-than the list holds, as where thousands are alike, `_decide` reads the row itself, which is slower and as exact.
+Bins give bounds of sums of probabilities that are off by some hundredths, of what is above an edge or of what is below
+it, whichever is less: few tokens are left between. If more are than the list holds, as where thousands are alike,
+`_decide` reads the row itself, which is slower and as exact.
 
 Probabilities are added up as whole numbers, so that no order matters. What a row needs is read from the device: no
 launch depends on it.
@@ -18,29 +19,29 @@ launch depends on it.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.ops.draw_triton import LEAST_NOISE, best_of_open, furthest_of, noise_of
 from headrace.kernels.ops.edges_triton import (
     BINS,
+    GROUPS,
     INFINITY,
     NOWHERE,
     UNIT,
     bin_of,
     bracket,
     distance_of,
-    edge,
     is_filtered,
+    logits_of,
     mass_of,
-    open_tokens,
-    reached,
+    nearest_groups,
+    takes_groups,
 )
 from headrace.kernels.ops.math_triton import OPTIONS, chained, follow
-from headrace.kernels.ops.sampling import MAX_NOISE, SamplingRows
+from headrace.kernels.ops.sampling import SamplingRows
 
 __all__ = ["choose"]
 
@@ -49,12 +50,9 @@ _WARPS = 4
 _PROGRAMS = 1056  # eight for each processor of the largest GPUs
 _MOST_PARTS = 256
 _LISTED = 16384  # tokens of a row
-_LISTED_TILE = 2048
-_LISTED_WARPS = 8
-
-# The largest logit is always kept, and has this much noise at least; from so far off nobody can do better.
-_LEAST_NOISE = tl.constexpr(-math.log(-math.log(2.0**-24)) - 0.01)
-_HOPELESS = tl.constexpr(MAX_NOISE - _LEAST_NOISE.value)
+_FEW = 512  # as many as a row mostly lists: two a thread
+_MANY = 2048
+_DECIDING_WARPS = 8
 
 
 def choose(logits: Tensor, rows: SamplingRows | None = None) -> Tensor:
@@ -72,26 +70,27 @@ def choose(logits: Tensor, rows: SamplingRows | None = None) -> Tensor:
     peaks = logits.new_empty(grid, dtype=torch.float32), logits.new_empty(grid, dtype=torch.int32)
     options = {"num_warps": _WARPS, **OPTIONS, **chained(logits.device)}
     if rows is None:
-        _peak[grid](*of_rows, *peaks, None, None, TILE=tile, **options)
+        _peak[grid](*of_rows, *peaks, None, None, None, TILE=tile, **options)
         _join[(num_rows,)](*peaks, tokens, grid[1], PARTS=_MOST_PARTS, **options)
         return tokens
     bests = torch.empty_like(peaks[0]), torch.empty_like(peaks[1])
     masses = [logits.new_empty(grid, dtype=torch.int64) for _ in range(2)]  # of all tokens, of those kept for sure
+    groups = logits.new_empty((*grid, GROUPS.value), dtype=torch.float32)
     counts = logits.new_empty((num_rows, BINS.value), dtype=torch.int32)
     state = logits.new_empty((num_rows, 4), dtype=torch.int32)  # tokens listed, the first and last edge, rest of top_k
     listed = logits.new_empty((2, num_rows, _LISTED), dtype=torch.int32)  # distances, tokens
     filters = (rows.temperature, rows.top_k, rows.top_p)
     stream = (rows.min_p, rows.seeds, rows.choices, rows.positions)
     assert all(column.is_contiguous() for column in (*filters, *stream))
-    _peak[grid](*of_rows, *peaks, counts, state, TILE=tile, **options)
+    _peak[grid](*of_rows, *peaks, groups, counts, state, TILE=tile, **options)
     _count[grid](*of_rows, peaks[0], *filters, counts, masses[0], PARTS=_MOST_PARTS, TILE=tile, **options)
     _narrow[grid](
-        *of_rows, peaks[0], *filters, *stream, *bests, counts, *masses, state, listed[0], listed[1],
+        *of_rows, peaks[0], *filters, *stream, *bests, groups, counts, *masses, state, listed[0], listed[1],
         PARTS=_MOST_PARTS, LISTED=_LISTED, LANES=_LANES, **options,
     )  # fmt: skip
     _decide[(num_rows,)](
         *of_rows, *peaks, *filters, *stream, *bests, *masses, state, listed[0], listed[1], tokens,
-        PARTS=_MOST_PARTS, LISTED=_LISTED, TILE=_LISTED_TILE, **options | {"num_warps": _LISTED_WARPS},
+        PARTS=_MOST_PARTS, LISTED=_LISTED, FEW=_FEW, MANY=_MANY, **options | {"num_warps": _DECIDING_WARPS},
     )  # fmt: skip
     return tokens
 
@@ -100,7 +99,9 @@ def choose(logits: Tensor, rows: SamplingRows | None = None) -> Tensor:
 
 
 @triton.jit
-def _peak(logits, stride, vocab, share, peaks, peak_tokens, counts, state, TILE: tl.constexpr, CHAINED: tl.constexpr):
+def _peak(
+    logits, stride, vocab, share, peaks, peak_tokens, groups, counts, state, TILE: tl.constexpr, CHAINED: tl.constexpr
+):
     """The part's largest logit, NaN if one of them is, and the first token that has it."""
     follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
@@ -121,7 +122,9 @@ def _peak(logits, stride, vocab, share, peaks, peak_tokens, counts, state, TILE:
     part = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(peaks + part, tl.where(tl.max(strange, axis=0) > 0, float("nan"), largest))
     tl.store(peak_tokens + part, token)
-    if counts is not None:  # noqa: SIM102  # which is known when it is compiled
+    if groups is not None:
+        best_of_groups = tl.max(tl.reshape(best, (GROUPS, TILE // GROUPS)), axis=1)
+        tl.store(groups + part * GROUPS + tl.arange(0, GROUPS), best_of_groups)
         if tl.program_id(1) == 0:
             bins = tl.arange(0, BINS)
             tl.store(counts + row * BINS + bins, bins * 0)
@@ -158,15 +161,17 @@ def _count(
     row = tl.program_id(0).to(tl.int64)
     parts = tl.num_programs(1)
     temperature = tl.load(temperatures + row)
-    if (temperature > 0.0) & is_filtered(tl.load(top_ks + row), tl.load(top_ps + row), vocab):
+    top_k, top_p = tl.load(top_ks + row), tl.load(top_ps + row)
+    if (temperature > 0.0) & is_filtered(top_k, top_p, vocab) & ~takes_groups(top_k, vocab, parts):
         largest = _largest(peaks + row * parts, parts, PARTS)
         if tl.abs(largest) < float("inf"):
             first = tl.program_id(1) * share
             mass = tl.zeros((TILE,), tl.int64)
             found = tl.zeros((BINS,), tl.int32)
+            following = logits_of(logits + row * stride, first + tl.arange(0, TILE), vocab)
             for begin in range(first, tl.minimum(first + share, vocab), TILE):
-                token = begin + tl.arange(0, TILE)
-                distance = distance_of(logits + row * stride, token, vocab, largest, temperature)
+                distance = distance_of(following, largest, temperature)
+                following = logits_of(logits + row * stride, begin + TILE + tl.arange(0, TILE), vocab)
                 found += tl.histogram(bin_of(distance), BINS)
                 mass += mass_of(distance)
             bins = tl.arange(0, BINS)
@@ -190,6 +195,7 @@ def _narrow(
     positions,
     scores,
     winners,
+    groups,
     counts,
     masses,
     sure_masses,
@@ -213,25 +219,31 @@ def _narrow(
         filtered = is_filtered(top_k, top_p, vocab)
         start, end = INFINITY, INFINITY
         if filtered:
-            total = _total(masses + row * parts, parts, PARTS).to(tl.float32) * (1.0 / UNIT)
-            start, end, rest = bracket(counts + row * BINS, total, top_k, top_p, vocab)
+            if takes_groups(top_k, vocab, parts):
+                start, rest = 0, top_k.to(tl.int32)
+                end = nearest_groups(groups + row * parts * GROUPS, parts * GROUPS, largest, temperature, rest)
+            else:
+                total = _total(masses + row * parts, parts, PARTS).to(tl.float32) * (1.0 / UNIT)
+                start, end, rest = bracket(counts + row * BINS, total, top_k, top_p, vocab)
             if tl.program_id(1) == 0:
                 tl.store(state + row * 4 + 1, start)
                 tl.store(state + row * 4 + 2, end)
                 tl.store(state + row * 4 + 3, rest)
-        furthest = _furthest(tl.load(min_ps + row))
+        furthest = furthest_of(tl.load(min_ps + row))
         seed = tl.load(seeds + row)
         choice = tl.load(choices + row).to(tl.uint32)
         position = tl.load(positions + row).to(tl.uint32)
         best = tl.full((LANES, 4), float("-inf"), tl.float32)
         winner = tl.full((LANES, 4), NOWHERE, tl.int32)
         mass = tl.zeros((LANES, 4), tl.int64)
-        least = tl.full((), _LEAST_NOISE, tl.float32)  # the best score is no less
+        least = tl.full((), LEAST_NOISE, tl.float32)  # the best score is no less
         first = tl.program_id(1) * share
+        place = 4 * tl.arange(0, LANES)[:, None] + tl.arange(0, 4)[None, :]
+        following = logits_of(logits + row * stride, first + place, vocab)
         for begin in range(first, tl.minimum(first + share, vocab), 4 * LANES):
-            lane = begin // 4 + tl.arange(0, LANES)
-            token = 4 * lane[:, None] + tl.arange(0, 4)[None, :]
-            distance = distance_of(logits + row * stride, token, vocab, largest, temperature)
+            lane, token = begin // 4 + tl.arange(0, LANES), begin + place
+            distance = distance_of(following, largest, temperature)
+            following = logits_of(logits + row * stride, token + 4 * LANES, vocab)
             bits = distance.to(tl.int32, bitcast=True)
             nearest = tl.min(bits)
             if filtered & (nearest < end):
@@ -240,20 +252,20 @@ def _narrow(
                 number = tl.sum(is_open.to(tl.int32))
                 if number > 0:
                     before = tl.cumsum(tl.reshape(is_open.to(tl.int32), (4 * LANES,)), 0) - 1
-                    place = tl.atomic_add(state + row * 4, number, sem="relaxed") + tl.reshape(before, (LANES, 4))
-                    is_open &= place < LISTED
-                    tl.store(listed_distances + row * LISTED + place, bits, mask=is_open)
-                    tl.store(listed_tokens + row * LISTED + place, token, mask=is_open)
+                    slot = tl.atomic_add(state + row * 4, number, sem="relaxed") + tl.reshape(before, (LANES, 4))
+                    is_open &= slot < LISTED
+                    tl.store(listed_distances + row * LISTED + slot, bits, mask=is_open)
+                    tl.store(listed_tokens + row * LISTED + slot, token, mask=is_open)
             if (nearest < start) & (nearest.to(tl.float32, bitcast=True) <= furthest):
                 allowed = (bits < start) & (distance <= furthest)
                 zero = lane * 0
                 w0, w1, w2, w3 = tl.philox(seed, lane, zero + position, zero + choice, zero)
-                # Noise rises with its word: no token of a lane does better than the nearest with the largest word.
-                hope = _noise(tl.maximum(tl.maximum(w0, w1), tl.maximum(w2, w3)))
+                # Noise falls with its word: no token of a lane does better than the nearest with the smallest word.
+                hope = noise_of(tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3)))
                 hope -= tl.min(tl.where(allowed, distance, float("inf")), axis=1)
                 if tl.max(hope, axis=0) > least - 0.001:
                     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (LANES, 4))
-                    score = tl.where(allowed, _noise(words) - distance, float("-inf"))
+                    score = tl.where(allowed, noise_of(words) - distance, float("-inf"))
                     is_better = score > best
                     best = tl.where(is_better, score, best)
                     winner = tl.where(is_better, token, winner)
@@ -290,7 +302,8 @@ def _decide(
     tokens,
     PARTS: tl.constexpr,
     LISTED: tl.constexpr,
-    TILE: tl.constexpr,
+    FEW: tl.constexpr,
+    MANY: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """The token of each row."""
@@ -306,58 +319,27 @@ def _decide(
             number = tl.load(state + row * 4)
             start, end = tl.load(state + row * 4 + 1), tl.load(state + row * 4 + 2)
             rest = tl.load(state + row * 4 + 3)
-            # What may be kept: in the list, or if that was too short, between the edges in the row itself.
-            unlisted = number > LISTED
-            size = tl.where(unlisted, vocab, number)
-            row_logits = logits + row * stride
-            distances, names = listed_distances + row * LISTED, listed_tokens + row * LISTED
-            last = end - 1
-            if rest > 0:
-                last = edge(
-                    rest.to(tl.int64), row_logits, distances, names, unlisted, size, largest, temperature, start, end,
-                    MASSES=False, TILE=TILE,
-                )  # fmt: skip
+            sure, total = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
             if top_p < 1.0:
                 sure = _total(sure_masses + row * parts, parts, PARTS)
-                total = _total(masses + row * parts, parts, PARTS)
-                if rest > 0:
-                    total = sure + reached(
-                        last, row_logits, distances, names, unlisted, size, largest, temperature, start, end,
-                        MASSES=True, TILE=TILE,
-                    )[0]  # fmt: skip
-                missing = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64) - sure
-                if missing > 0:
-                    last = tl.minimum(
-                        last,
-                        edge(
-                            missing, row_logits, distances, names, unlisted, size, largest, temperature, start, end,
-                            MASSES=True, TILE=TILE,
-                        ),
-                    )  # fmt: skip
-                else:
-                    last = start - 1
-            furthest = _furthest(tl.load(min_ps + row))
-            seed = tl.load(seeds + row)
-            choice = tl.load(choices + row).to(tl.uint32)
-            position = tl.load(positions + row).to(tl.uint32)
-            for begin in range(0, size, TILE):
-                bits, names_here = open_tokens(
-                    begin, row_logits, distances, names, unlisted, size, largest, temperature, start, end, TILE
-                )
-                distance = bits.to(tl.float32, bitcast=True)
-                kept = (bits <= last) & (distance <= furthest)
-                if tl.max(kept.to(tl.int32), axis=0) > 0:
-                    zero = names_here * 0
-                    w0, w1, w2, w3 = tl.philox(seed, names_here >> 2, zero + position, zero + choice, zero)
-                    rank = names_here & 3
-                    word = tl.where(rank < 2, tl.where(rank == 0, w0, w1), tl.where(rank == 2, w2, w3))
-                    here = tl.where(kept, _noise(word) - distance, float("-inf"))
-                    best_here = tl.max(here, axis=0)
-                    name = tl.min(tl.where(here == best_here, names_here, NOWHERE), axis=0)
-                    token = tl.where(
-                        best_here > score, name, tl.where(best_here == score, tl.minimum(token, name), token)
-                    )
-                    score = tl.maximum(score, best_here)
+                if rest == 0:
+                    total = _total(masses + row * parts, parts, PARTS)
+            min_p, seed = tl.load(min_ps + row), tl.load(seeds + row)
+            choice, position = tl.load(choices + row).to(tl.uint32), tl.load(positions + row).to(tl.uint32)
+            row_logits = logits + row * stride
+            distances, names = listed_distances + row * LISTED, listed_tokens + row * LISTED
+            if number <= FEW:
+                score, token = best_of_open(
+                    score, token, row_logits, distances, names, False, number, largest, temperature, start, end,
+                    rest, top_p, sure, total, min_p, seed, choice, position, TILE=FEW,
+                )  # fmt: skip
+            else:
+                # If the list was too short, what may be kept is between the edges in the row itself.
+                unlisted = number > LISTED
+                score, token = best_of_open(
+                    score, token, row_logits, distances, names, unlisted, tl.where(unlisted, vocab, number), largest,
+                    temperature, start, end, rest, top_p, sure, total, min_p, seed, choice, position, TILE=MANY,
+                )  # fmt: skip
     tl.store(tokens + row, token.to(tl.int64))
 
 
@@ -395,23 +377,3 @@ def _likeliest(peaks, peak_tokens, parts, PARTS: tl.constexpr):
 def _total(masses, parts, PARTS: tl.constexpr):
     part = tl.arange(0, PARTS)
     return tl.sum(tl.load(masses + part, mask=part < parts, other=0), axis=0)
-
-
-# ------------------------------------------------------------------------------------------------------------ noise
-
-
-@triton.jit
-def _furthest(min_p):
-    """The largest distance that min_p allows and that has a chance."""
-    return tl.minimum(tl.maximum(-tl.log(tl.maximum(min_p, 1e-30)), 0.0), _HOPELESS)
-
-
-@triton.jit
-def _noise(word):
-    """As `headrace.kernels.ops.sampling.noise_of`."""
-    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-    # log(1 - u) for small u too: the rounding of 1 - u is divided out again.
-    rest = 1.0 - u
-    rounded = rest - 1.0
-    log1p = tl.where(rounded == 0.0, -u, tl.log(rest) * (-u / tl.where(rounded == 0.0, 1.0, rounded)))
-    return -tl.log(-log1p)

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from headrace.scripts.main import cli
+from tests.support.tiny_models import save_model
 
 
 def test_decode(bench, tmp_path):
@@ -53,9 +54,9 @@ def test_decode(bench, tmp_path):
             "ms",
             {"first_token_ms", "tokens_per_s", "decode_tokens_per_s"},
         ),
-        ("prefill --shape tiny --prompt-tokens 40 --rounds 2", "tok/s", {"first_token_ms"}),
+        ("prefill --shape tiny --prompt-tokens 40 --rounds 2 --no-peers", "tok/s", {"first_token_ms"}),
         (
-            "throughput --shape tiny --requests 5 --prompt-tokens 9 --output-tokens 4",
+            "throughput --shape tiny --requests 5 --prompt-tokens 9 --output-tokens 4 --no-peers",
             "tok/s",
             {"duration_s", "requests_per_s"},
         ),
@@ -68,7 +69,7 @@ def test_the_others(bench, words, unit, details):
     [row] = done.rows
     assert row["measure"] == words.split()[0]
     assert row["unit"] == unit
-    assert set(row["figures"]) == {"headrace", "transformers"}
+    assert set(row["figures"]) == {"headrace"} | (set() if "--no-peers" in words else {"transformers"})
     assert details <= set(row["figures"]["headrace"])
     value, limit = row["figures"]["headrace"]["value"], row["limit"]
     assert 0 < limit < value if unit == "ms" else 0 < value < limit
@@ -76,8 +77,6 @@ def test_the_others(bench, words, unit, details):
 
 def test_a_model_with_weights(bench, tmp_path):
     """A folder: its own weights, dtype and name; no graphs for ours."""
-    from tests.support.tiny_models import save_model
-
     folder = tmp_path / "mine"
     folder.mkdir()
     save_model(folder)
@@ -87,6 +86,18 @@ def test_a_model_with_weights(bench, tmp_path):
     assert row["model"] == "mine"
     assert row["figures"]["headrace-eager"]["value"] > 0
     assert row["figures"]["transformers"]["value"] > 0
+
+
+def test_a_model_that_is_not_covered(tmp_path):
+    """The process that looked at it cannot; the person gets the error as `headrace up` gives it."""
+    save_model(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["MambaForCausalLM"]}))
+    result = CliRunner().invoke(cli, ["bench", "decode", "--shape", str(tmp_path)])
+
+    assert result.exit_code == 2, result.output
+    assert "MambaForCausalLM" in result.output
+    assert "Traceback" not in result.output
 
 
 def test_what_does_not_fit_costs_its_row(bench):

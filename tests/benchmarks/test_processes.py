@@ -22,11 +22,13 @@ def test_starts(bench):
     ]
     for row in done.rows:
         figure = row["figures"]["headrace"]
-        phases = [figure[f"{name}_s"] for name in ("process", "import", "load", "warm_up", "first_token")]
-        assert min(phases) > 0
-        assert figure["value"] == pytest.approx(sum(phases))
-        assert figure["ready_s"] == pytest.approx(sum(phases[:-1]))
-    assert "warm up s" in done.output
+        phases = [figure[f"{name}_s"] for name in ("imports", "model", "weights", "memory", "kernels", "broker")]
+        assert min(phases) >= 0
+        assert figure["imports_s"] > 0
+        assert figure["value"] == pytest.approx(figure["ready_s"] + figure["first_token_s"])
+        # Its own clock begins with the process, and stops when the launcher hears of it.
+        assert sum(phases) == pytest.approx(figure["ready_s"], rel=0.5)
+    assert "first token s" in done.output
     assert "ceilings" not in done.facts  # nothing is held against them
 
 

@@ -9,10 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from headrace.benchmarks import plots, published
-from headrace.benchmarks.report import Report, Row, amount, read_report, report_lines, span, verdict
+from headrace.benchmarks.report import PHASES, Report, Row, amount, read_report, report_lines, span, verdict
 from headrace.benchmarks.shapes import SHAPES
 from headrace.benchmarks.traces import kernel_lines, kind_of
 from headrace.errors import ConfigError
+from headrace.kernels.ops import attend_triton, decode_triton, experts_triton, gemv_triton, skinny_triton
 from headrace.scripts.main import cli
 
 FACTS = {"device": "NVIDIA H200", "date": "2026-11-25", "read GB/s": 4380.0, "ceilings": {"read": 4.38e12}}
@@ -86,6 +87,16 @@ def test_the_file_is_whole_after_every_row(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_figures_in_the_file_have_as_many_digits_as_mean_something(tmp_path):
+    path = tmp_path / "out.json"
+    Report(path, FACTS).add(row(0.7852119999824936, limit=4_379_123_456.7))
+    _, [found] = read_report(path)
+
+    assert found.value("headrace") == 0.785212
+    assert found.limit == 4_379_120_000
+    assert found.case["batch"] == 1
+
+
 def test_goals_are_those_of_the_device():
     case = {"batch": 1, "prompt_tokens": 128, "output_tokens": 48}
 
@@ -113,7 +124,7 @@ def test_pictures_of_a_file(tmp_path):
     path = tmp_path / "out.json"
     report = Report(path, FACTS)
     report.add(row())
-    phases = dict.fromkeys(("process_s", "import_s", "load_s", "warm_up_s", "first_token_s"), 1.0)
+    phases = {f"{name}_s": 1.0 for name in PHASES}
     report.add(row(measure="startup cold", title="Start", figures={"headrace": {"value": 5.0, **phases}}))
     times = {f"{name}_p{share}_ms": 10.0 + share for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)}
     report.add(row(measure="serve", title="Serve", figures={"headrace": {"value": 5.0, **times}}))
@@ -125,6 +136,15 @@ def test_pictures_of_a_file(tmp_path):
     assert "llama-8b" in result.output
     files = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert files == ["decode-ms-from-step-to-step.png", "serve.png", "start.png"]
+
+
+def test_kinds_of_our_kernels():
+    """By the names that a profiler shows: those of their functions."""
+    products = [gemv_triton.gemv, skinny_triton.skinny]
+    products += [experts_triton._product, experts_triton._up, experts_triton._down]
+
+    assert {kind_of(kernel.__name__) for kernel in products} == {"matmul"}
+    assert {kind_of(kernel.__name__) for kernel in (attend_triton._attend, decode_triton._decode)} == {"attention"}
 
 
 def test_kinds_of_kernels():

@@ -64,12 +64,16 @@ def test_draws_are_those_of_the_cpu(kernels: Kernels, case):
         assert torch.equal(kernels(op.choose, logits, rows), op.choose(logits, rows))
 
 
-@cases(["top-k", "long-top-k", "top-p", "all"])
-def test_what_the_list_does_not_hold_is_read_from_the_row(kernels: Kernels, case, monkeypatch):
-    monkeypatch.setattr(sampling_triton, "_LISTED", 16)
+# One program takes a row of several tiles; a list is either soon long, or too short, and then the row itself is read.
+@cases(product(SETTINGS, [16, 16384]))
+def test_many_tiles_and_lists_of_every_length(kernels: Kernels, case, monkeypatch):
+    name, listed = case
+    monkeypatch.setattr(sampling_triton, "_PROGRAMS", 1)
+    monkeypatch.setattr(sampling_triton, "_FEW", 8)
+    monkeypatch.setattr(sampling_triton, "_LISTED", listed)
     for scale in (0.1, 3.0):
         logits = torch.randn(3, 3001) * scale
-        rows = make_rows(3, **SETTINGS[case])
+        rows = make_rows(3, **SETTINGS[name])
         assert torch.equal(kernels(op.choose, logits, rows), op.choose(logits, rows))
 
 

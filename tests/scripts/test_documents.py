@@ -145,7 +145,9 @@ def test_folders_of_the_readme_are_those_of_the_tree():
 def test_paths_that_are_named_exist():
     for path in DOCUMENTS:
         for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.[a-z]+)?)`", path.read_text()):
-            assert (ROOT / name).exists() or name in ("models/", "blobs/", "triton/"), f"{path.name} names {name}"
+            assert (ROOT / name).exists() or name in ("models/", "blobs/", "specs/", "triton/"), (
+                f"{path.name} names {name}"
+            )
 
 
 def test_length_of_socket_paths_is_the_one_documented():

@@ -71,7 +71,7 @@ def sized(loaded, memory, **settings):
 
 def test_the_weights_are_known_before_they_are_read(folder, loaded):
     checkpoint = Checkpoint(folder)
-    spec, card = checkpoint.policy.spec(checkpoint.config), describe(checkpoint)[0]
+    spec, card = checkpoint.spec, describe(checkpoint)[0]
     for dtype in (torch.float32, torch.bfloat16):
         needs = kv_size._estimated(spec, card, EngineConfig(), dtype)
         assert needs.weights == sum(p.numel() for p in load_model(folder).parameters()) * dtype.itemsize
@@ -88,7 +88,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, gpu, monke
 @pytest.mark.parametrize("setting", ["kv_tokens", "max_model_len"])
 def test_a_setting_that_asks_for_too_much_is_named(folder, gpu, monkeypatch, setting):
     checkpoint = Checkpoint(folder)
-    spec, card = checkpoint.policy.spec(checkpoint.config), describe(checkpoint)[0]
+    spec, card = checkpoint.spec, describe(checkpoint)[0]
     needs = kv_size._estimated(spec, card, EngineConfig(cuda_graphs=False), torch.float32)
     gpu(int((needs.fixed + needs.cache(300)) / 0.9))
     config = EngineConfig(**{setting: 512}, cuda_graphs=False)

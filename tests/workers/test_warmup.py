@@ -121,6 +121,6 @@ def test_nothing_is_left_to_compile(tmp_path, monkeypatch, family):
             while engine.has_work:
                 engine.step(0.0)
         ready = set(compiled)
-        run_mixed_load(engine, requests=60)
+        run_mixed_load(engine, requests=40)
     assert len(ready) > 5
     assert not missing(compiled, ready)

@@ -72,7 +72,7 @@ def load(source: object, config: InferenceConfig) -> Loaded:
 def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
     checkpoint = Checkpoint(folder, policy=config.policy)
     _check_policy(checkpoint.policy, checkpoint.architecture)
-    _check_spec(checkpoint.policy.spec(checkpoint.config), checkpoint.architecture, config)
+    _check_spec(checkpoint.spec, checkpoint.architecture, config)
     task = None
     if checkpoint.architecture in checkpoint.policy.tasks:
         task = blank_task(task_class(checkpoint.architecture), checkpoint.config)
