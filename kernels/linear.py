@@ -53,8 +53,11 @@ class Linear(nn.Module):
             self.weight = nn.Parameter(packed, requires_grad=False)
 
     def fold(self, norm: Norm) -> None:
-        """Let the only norm that ever comes before be part of the product, if that takes knowing the weight."""
-        if self.weight.is_cuda:
+        """Let the only norm that ever comes before be part of the product, if that takes knowing the weight.
+
+        What is packed belongs to a library, which has no such product.
+        """
+        if not self.weight.is_mkldnn:
             self._folded = fold_norm(self.weight, norm.weights)
 
     def extra_repr(self) -> str:

@@ -151,10 +151,12 @@ class Model(nn.Module):
 
         A head that is the embedding may become a copy of it: of a packed matrix no row can be looked up.
         """
-        for module in list(self.modules()):
+        modules = list(self.modules())
+        for module in modules:
             if isinstance(module, Linear | Experts):
                 module.pack()
-            elif isinstance(module, Block):
+        for module in modules:
+            if isinstance(module, Block):
                 module.fold()
 
     def reserve_positions(self, count: int) -> None:

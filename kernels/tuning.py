@@ -38,6 +38,7 @@ GEMV_ROWS = 4  # each costs the cores one multiplication a weight, which is abou
 _BUCKETS = (1, 2, 4, 16, 32, 64, 128)
 
 _SMALL = 2**23  # weights of a product that takes no longer than the launches around it
+_FEW = 2**22  # weights that do not keep a GPU busy in tiles of four rows
 
 # What stands in for a GPU that is not known: the smallest of today's data centers.
 _PROCESSORS = 108
@@ -103,17 +104,18 @@ def tiles_for(shape: LinearShape, device: torch.device) -> Tiles:
 def guess(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
     """What is likely to be good: learned from what was measured on an H200."""
     if shape.rows <= 2 or (shape.rows <= GEMV_ROWS and (shape.itemsize == 4 or not shape.gated)):
-        return _guess_gemv(shape, processors)
+        return _guess_gemv(shape)
     if shape.itemsize != 2 or (shape.rows > 64 and shape.n * shape.k > _SMALL):
         return Tiles("torch")  # exact products of float32 are not for tensor cores
     return _guess_skinny(shape, processors, shared_memory)
 
 
-def _guess_gemv(shape: LinearShape, processors: int) -> Tiles:
+def _guess_gemv(shape: LinearShape) -> Tiles:
     width = 32 * 16 // shape.itemsize  # weights that a warp loads at once
-    # Tiles as deep as a program is wide; the widest that does not leave much of the last one empty.
-    warps = next(warps for warps in (8, 4, 2, 1) if _padded(shape.k, width * warps) <= 1.3 * shape.k or warps == 1)
-    few = shape.gated or shape.n < 4 * 4 * processors
+    # Tiles as deep as a program is wide; the widest that leaves little of the last one empty.
+    fitting = (warps for warps in (8, 4, 2, 1) if _padded(shape.k, width * warps) <= 1.1 * shape.k)
+    warps = next(fitting, 4 if shape.k > 2 * width else 1)
+    few = shape.gated or shape.n * shape.k < _FEW
     return Tiles("gemv", block_n=2 if few else 4, block_k=width * warps, warps=warps)
 
 
