@@ -38,19 +38,14 @@ from headrace.kernels.ops.pair import pair
 
 __all__ = [
     "MAX_NOISE",
-    "Bias",
     "Logprobs",
-    "Penalties",
-    "Sampled",
     "SamplingRows",
     "choose",
     "dense_noise",
-    "edit_logits",
     "gumbel_noise",
     "logprobs_of",
     "noise_of",
     "philox",
-    "sample",
 ]
 
 MAX_NOISE = -math.log(-math.log1p(-(2.0**-33))) + 1e-4  # rounding of fp32 included
@@ -61,33 +56,8 @@ _MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bias:
-    """Values added to single logits; several for the same one add up."""
-
-    rows: Tensor  # [N] int64
-    tokens: Tensor  # [N] int64
-    values: Tensor  # [N] float32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Penalties:
-    """Tokens that rows have seen, each pair once, and what that costs."""
-
-    rows: Tensor  # [N] int64
-    tokens: Tensor  # [N] int64
-    counts: Tensor  # [N] float32: occurrences in the output; 0 if only in the prompt
-    repetition: Tensor  # [R] float32
-    presence: Tensor  # [R] float32
-    frequency: Tensor  # [R] float32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRows:
-    """How each of R rows is to be sampled.
-
-    `choose` reads the tensors [R] and nothing else: their values may change under a captured graph. The rest is known
-    on the host, so that nothing waits for the device.
-    """
+    """How each of R rows is to be sampled; the values may change under a captured graph."""
 
     temperature: Tensor  # [R] float32; 0 is greedy
     top_k: Tensor  # [R] int64; 0 keeps all
@@ -96,10 +66,6 @@ class SamplingRows:
     seeds: Tensor  # [R] int64: the bits of the unsigned seed
     choices: Tensor  # [R] int64
     positions: Tensor  # [R] int64
-    bias: Bias | None = None
-    penalties: Penalties | None = None
-    logprob_rows: Tensor | None = None  # [L] int64
-    num_logprobs: int = 0  # the most that any of them wants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,25 +75,6 @@ class Logprobs:
     chosen: Tensor  # [L] float32
     top_tokens: Tensor  # [L, n] int64, likeliest first; of equal ones the lower id
     top: Tensor  # [L, n] float32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """The chosen tokens; -1 where a row's logits were not numbers or nothing was left to choose from."""
-
-    tokens: Tensor  # [R] int64
-    logprobs: Logprobs | None
-
-
-def sample(logits: Tensor, rows: SamplingRows | None = None) -> Sampled:
-    """Choose a token for each row of `logits` [R, vocab]; without `rows` all are greedy."""
-    if rows is None:
-        return Sampled(tokens=choose(logits), logprobs=None)
-    tokens = choose(edit_logits(logits, rows), rows)
-    if rows.logprob_rows is None:
-        return Sampled(tokens=tokens, logprobs=None)
-    those = rows.logprob_rows
-    return Sampled(tokens=tokens, logprobs=logprobs_of(logits[those], tokens[those], rows.num_logprobs))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -167,23 +114,6 @@ def noise_of(words: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ logits and maxima
-
-
-def edit_logits(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """Step 1, on a copy if there is anything to do."""
-    if rows.bias is None and rows.penalties is None:
-        return logits
-    edited = logits.to(torch.float32, copy=True)
-    if (bias := rows.bias) is not None:
-        edited.index_put_((bias.rows, bias.tokens), bias.values, accumulate=True)
-    if (seen := rows.penalties) is not None:
-        value = edited[seen.rows, seen.tokens]
-        repetition = seen.repetition[seen.rows]
-        value = torch.where(value > 0, value / repetition, value * repetition)
-        value -= seen.frequency[seen.rows] * seen.counts
-        value -= seen.presence[seen.rows] * (seen.counts > 0)
-        edited[seen.rows, seen.tokens] = value
-    return edited
 
 
 def _argmax(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ SETTINGS = {
 }
 
 
-def make_rows(count: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, **extra):
+def make_rows(count: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
     """Rows with seeds of every size; every third is greedy."""
     heat = torch.full((count,), temperature)
     heat[::3] = 0.0
@@ -43,7 +43,6 @@ def make_rows(count: int, *, temperature: float = 1.0, top_k: int = 0, top_p: fl
         seeds=torch.randint(-(2**63), 2**63 - 1, (count,)),
         choices=torch.arange(count) % 3,
         positions=torch.arange(count) * 1000,
-        **extra,
     )
 
 
@@ -51,7 +50,7 @@ def make_rows(count: int, *, temperature: float = 1.0, top_k: int = 0, top_p: fl
 def test_greedy_takes_the_first_of_the_largest(kernels: Kernels, case):
     vocab, dtype = case
     logits = torch.randn(9, vocab).mul(2).round().to(dtype)  # full of ties
-    assert torch.equal(kernels(op.sample, logits).tokens, op.sample(logits).tokens)
+    assert torch.equal(kernels(op.choose, logits), op.choose(logits))
 
 
 # Short of one program's tile, on its edge, and cut into parts; filters that list few tokens and many.
@@ -216,24 +215,26 @@ def test_one_graph_serves_every_mix_of_rows(kernels: Kernels, case):
         assert torch.equal(tokens.cpu(), op.choose(values, fresh)), turn
 
 
+def check_logprobs(found: op.Logprobs, expected: op.Logprobs) -> None:
+    assert torch.equal(found.top_tokens, expected.top_tokens)
+    torch.testing.assert_close(found.top, expected.top, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.chosen, expected.chosen, rtol=1e-5, atol=1e-5)
+
+
 @cases((), [torch.bfloat16])
 def test_logprobs_can_be_part_of_a_graph(kernels: Kernels, case):
-    logits = torch.randn(4, 50_257, device="cuda").to(case)
-    rows = make_rows(4, logprob_rows=torch.tensor([0, 2, 3]), num_logprobs=5)
-    on_device = to_device(rows, "cuda")
-    op.sample(logits, on_device)  # compiles
+    logits = torch.randn(3, 50_257, device="cuda").to(case)
+    tokens = torch.tensor([5, 0, 50_256])
+    on_device = tokens.cuda()
+    op.logprobs_of(logits, on_device, 5)  # lets libraries set themselves up
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sampled = op.sample(logits, on_device)
+        found = op.logprobs_of(logits, on_device, 5)
     for _ in range(3):
-        values = (torch.randn(4, 50_257) * 3.0).to(case)
+        values = (torch.randn(3, 50_257) * 3.0).to(case)
         logits.copy_(values)
         graph.replay()
-        found, expected = to_device(sampled, "cpu"), op.sample(values, rows)
-        assert torch.equal(found.tokens, expected.tokens)
-        assert torch.equal(found.logprobs.top_tokens, expected.logprobs.top_tokens)
-        torch.testing.assert_close(found.logprobs.top, expected.logprobs.top, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.logprobs.chosen, expected.logprobs.chosen, rtol=1e-5, atol=1e-5)
+        check_logprobs(to_device(found, "cpu"), op.logprobs_of(values, tokens, 5))
 
 
 @cases((), ["words"])
@@ -253,31 +254,9 @@ def test_noise_is_bounded_and_finite_for_every_word(kernels: Kernels, case):
 
 
 @cases([2001], [20_001])
-def test_bias_penalties_and_logprobs_are_the_same(kernels: Kernels, case):
-    vocab = case
-    logits = torch.randn(6, vocab) * 3
-    rows = make_rows(
-        6,
-        bias=op.Bias(
-            rows=torch.tensor([0, 0, 2]), tokens=torch.tensor([1, 1, 7]), values=torch.tensor([9.0, 9.0, -1.0])
-        ),
-        penalties=op.Penalties(
-            rows=torch.tensor([0, 1, 1, 4]),
-            tokens=torch.tensor([3, 3, 4, 5]),
-            counts=torch.tensor([2.0, 0.0, 1.0, 3.0]),
-            repetition=torch.full((6,), 1.3),
-            presence=torch.full((6,), 0.5),
-            frequency=torch.full((6,), 0.1),
-        ),
-        logprob_rows=torch.tensor([0, 3, 4]),
-        num_logprobs=5,
-    )
-    torch.testing.assert_close(kernels(op.edit_logits, logits, rows), op.edit_logits(logits, rows))
-    found, expected = kernels(op.sample, logits, rows), op.sample(logits, rows)
-    assert torch.equal(found.tokens, expected.tokens)
-    assert torch.equal(found.logprobs.top_tokens, expected.logprobs.top_tokens)
-    torch.testing.assert_close(found.logprobs.top, expected.logprobs.top, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.logprobs.chosen, expected.logprobs.chosen, rtol=1e-5, atol=1e-5)
+def test_logprobs_are_the_same(kernels: Kernels, case):
+    logits, tokens = torch.randn(3, case) * 3, torch.tensor([case - 1, 0, 7])
+    check_logprobs(kernels(op.logprobs_of, logits, tokens, 5), op.logprobs_of(logits, tokens, 5))
 
 
 @cases(product([math.nan, math.inf, -math.inf], [5, 4096]))
@@ -287,6 +266,6 @@ def test_a_row_that_holds_no_numbers_fails_alone(kernels: Kernels, case):
     logits = torch.randn(4, vocab)
     logits[1, slice(None) if bad == -math.inf else vocab // 2] = bad
     for rows in (None, make_rows(4)):
-        found = kernels(op.sample, logits, rows).tokens
-        assert torch.equal(found, op.sample(logits, rows).tokens)
+        found = kernels(op.choose, logits, rows)
+        assert torch.equal(found, op.choose(logits, rows))
         assert int(found[1]) == -1

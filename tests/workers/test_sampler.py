@@ -13,6 +13,7 @@ from headrace.messages import StreamId
 from headrace.sampling import SamplingParams
 from headrace.workers.sampler import Sampler
 from headrace.workers.sequence import Sequence
+from tests.support.logit_edits import Bias, Penalties, edit_logits
 
 # Below and above one block of 64, not a multiple of it, and large enough for each of the short cuts.
 VOCABS = [1, 2, 5, 64, 1000, 4096, 40_003]
@@ -27,7 +28,6 @@ def make_rows(count: int, **values) -> op.SamplingRows:
 
     temperature, top_k = column("temperature", 1.0, torch.float32), column("top_k", 0, torch.int64)
     top_p = column("top_p", 1.0, torch.float32)
-    extra = {name: values[name] for name in ("bias", "penalties", "logprob_rows", "num_logprobs") if name in values}
     return op.SamplingRows(
         temperature=temperature,
         top_k=top_k,
@@ -36,7 +36,6 @@ def make_rows(count: int, **values) -> op.SamplingRows:
         seeds=column("seeds", 7, torch.int64),
         choices=column("choices", 0, torch.int64),
         positions=column("positions", 0, torch.int64),
-        **extra,
     )
 
 
@@ -111,7 +110,7 @@ def test_noise_is_bounded_and_finite_for_every_word():
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_greedy_takes_the_first_of_the_largest(vocab: int, dtype: torch.dtype):
     logits = torch.randn(9, vocab).mul(2).round().to(dtype)  # full of ties
-    tokens = op.sample(logits).tokens
+    tokens = op.choose(logits)
     assert tokens.tolist() == [int((row == row.max()).nonzero()[0]) for row in logits.float()]
 
 
@@ -140,7 +139,7 @@ def test_draws_are_those_of_the_plain_rules(vocab: int, scale: float, ties: bool
     if ties:
         logits = logits.mul(2).round().div(2)
     rows = make_rows(4, seeds=[1, 2, 2**62, -1], positions=[0, 1, 2, 2**20], **filters)
-    tokens = op.sample(logits, rows).tokens.tolist()
+    tokens = op.choose(logits, rows).tolist()
     assert tokens == [plain_draw(logits, rows, row) for row in range(4)]
 
 
@@ -149,7 +148,7 @@ def test_draws_follow_softmax():
     count = 50_000
     logits = probabilities.log().expand(count, -1)
     rows = make_rows(count, positions=list(range(count)))
-    found = op.sample(logits, rows).tokens.bincount(minlength=7)
+    found = op.choose(logits, rows).bincount(minlength=7)
     chi_square = float(((found - count * probabilities) ** 2 / (count * probabilities)).sum())
     assert chi_square < 22.5  # 6 degrees of freedom: 0.1% of seeds would fail
 
@@ -159,14 +158,14 @@ def test_draws_at_a_temperature_follow_the_sharpened_softmax():
     count = 20_000
     expected = count * (logits / 0.5).softmax(-1)
     rows = make_rows(count, temperature=0.5, seeds=list(range(count)))
-    found = op.sample(logits.expand(count, -1), rows).tokens.bincount(minlength=4)
+    found = op.choose(logits.expand(count, -1), rows).bincount(minlength=4)
     assert float(((found - expected) ** 2 / expected).sum()) < 16.3  # 3 degrees of freedom, 0.1%
 
 
 def test_choices_seeds_and_positions_draw_independently():
     logits = torch.zeros(1, 1000).expand(64, -1)
     for name in ("seeds", "choices", "positions"):
-        tokens = op.sample(logits, make_rows(64, **{name: list(range(64))})).tokens
+        tokens = op.choose(logits, make_rows(64, **{name: list(range(64))}))
         assert len(tokens.unique()) > 50, name
 
 
@@ -179,9 +178,9 @@ def test_neighbours_in_the_batch_change_nothing():
         "min_p": [0.0, 0.0, 0.0, 0.0, 0.0, 0.2],
         "seeds": [0, 1, 2, 3, 4, 5],
     }
-    together = op.sample(logits, make_rows(6, **settings)).tokens.tolist()
+    together = op.choose(logits, make_rows(6, **settings)).tolist()
     alone = [
-        int(op.sample(logits[[row]], make_rows(1, **{name: [column[row]] for name, column in settings.items()})).tokens)
+        int(op.choose(logits[[row]], make_rows(1, **{name: [column[row]] for name, column in settings.items()})))
         for row in range(6)
     ]
     assert together == alone
@@ -189,28 +188,28 @@ def test_neighbours_in_the_batch_change_nothing():
 
 def test_tiny_temperatures_do_not_overflow():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert op.sample(logits, make_rows(1, temperature=1e-38)).tokens.tolist() == [1]
+    assert op.choose(logits, make_rows(1, temperature=1e-38)).tolist() == [1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("vocab", [5, 4096])
 def test_a_row_that_holds_no_numbers_fails_alone(bad: float, vocab: int):
     logits = torch.randn(3, vocab)
-    expected = op.sample(logits, make_rows(3)).tokens
+    expected = op.choose(logits, make_rows(3))
     logits[1, vocab // 2] = bad
     for rows in (None, make_rows(3)):
-        assert int(op.sample(logits, rows).tokens[1]) == -1
-    assert op.sample(logits, make_rows(3)).tokens[[0, 2]].tolist() == expected[[0, 2]].tolist()
+        assert int(op.choose(logits, rows)[1]) == -1
+    assert op.choose(logits, make_rows(3))[[0, 2]].tolist() == expected[[0, 2]].tolist()
 
 
 def test_a_row_with_nothing_left_to_choose_fails():
-    assert op.sample(torch.full((1, 8), -math.inf), make_rows(1)).tokens.tolist() == [-1]
+    assert op.choose(torch.full((1, 8), -math.inf), make_rows(1)).tolist() == [-1]
 
 
 def test_bias_and_penalties_are_applied_in_order():
     logits = torch.tensor([[2.0, -2.0, 1.0, 0.0], [2.0, -2.0, 1.0, 0.0]])
-    bias = op.Bias(rows=torch.tensor([0, 0]), tokens=torch.tensor([0, 3]), values=torch.tensor([1.0, -math.inf]))
-    penalties = op.Penalties(
+    bias = Bias(rows=torch.tensor([0, 0]), tokens=torch.tensor([0, 3]), values=torch.tensor([1.0, -math.inf]))
+    penalties = Penalties(
         rows=torch.tensor([0, 0, 1]),
         tokens=torch.tensor([0, 1, 2]),
         counts=torch.tensor([2.0, 0.0, 1.0]),
@@ -219,7 +218,7 @@ def test_bias_and_penalties_are_applied_in_order():
         frequency=torch.tensor([0.1, 0.5]),
     )
     untouched = logits.clone()
-    edited = op.edit_logits(logits, make_rows(2, bias=bias, penalties=penalties))
+    edited = edit_logits(logits, bias, penalties)
     # (2 + 1) / 2 - 0.5 - 2 * 0.1; -2 * 2, not generated yet; 1 - 0.5 - 0.25
     expected = torch.tensor([[0.8, -4.0, 1.0, -math.inf], [2.0, -2.0, 0.25, 0.0]])
     torch.testing.assert_close(edited, expected)
@@ -231,26 +230,19 @@ def test_bias_and_penalties_are_applied_in_order():
 def test_logprobs_are_those_of_the_raw_logits(vocab: int, dtype: torch.dtype):
     logits = torch.randn(3, vocab).mul(3).to(dtype)
     expected = logits.float().log_softmax(-1)
-    bias = op.Bias(rows=torch.tensor([2]), tokens=torch.tensor([1]), values=torch.tensor([100.0]))
-    rows = make_rows(
-        3, temperature=[0.0, 1.0, 0.0], logprob_rows=torch.tensor([0, 2]), num_logprobs=min(5, vocab), bias=bias
-    )
-    sampled = op.sample(logits, rows)
-    assert sampled.logprobs is not None
-    for index, row in enumerate([0, 2]):
-        token = int(sampled.tokens[row])
-        assert float(sampled.logprobs.chosen[index]) == pytest.approx(float(expected[row, token]), abs=1e-5)
-        values, ids = sampled.logprobs.top[index], sampled.logprobs.top_tokens[index]
+    tokens = logits.argmax(-1)
+    found = op.logprobs_of(logits, tokens, min(5, vocab))
+    for row, token in enumerate(tokens.tolist()):
+        assert float(found.chosen[row]) == pytest.approx(float(expected[row, token]), abs=1e-5)
+        values, ids = found.top[row], found.top_tokens[row]
+        assert len(values) == min(5, vocab)
         torch.testing.assert_close(values, expected[row].sort(descending=True).values[: len(values)])
         torch.testing.assert_close(values, expected[row][ids])
-    assert int(sampled.tokens[2]) == 1
 
 
 def test_equal_logprobs_are_ordered_by_id():
-    rows = make_rows(1, temperature=0.0, logprob_rows=torch.tensor([0]), num_logprobs=4)
-    sampled = op.sample(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), rows)
-    assert sampled.logprobs is not None
-    assert sampled.logprobs.top_tokens.tolist() == [[1, 2, 4, 0]]
+    found = op.logprobs_of(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), torch.tensor([1]), 4)
+    assert found.top_tokens.tolist() == [[1, 2, 4, 0]]
 
 
 # ------------------------------------------------------------------------------------------------- settings by row

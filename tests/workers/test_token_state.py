@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.kernels.ops import sampling as op
 from headrace.messages import StreamId
 from headrace.sampling import SamplingParams
 from headrace.workers.sequence import Sequence
 from headrace.workers.token_state import TokenState
+from tests.support.logit_edits import Bias, Penalties, edit_logits
 
 VOCAB = 23
 PLAIN = SamplingParams()
@@ -59,30 +59,20 @@ def ragged(logits: torch.Tensor, batch: list[Sequence]) -> torch.Tensor:
     def column(name: str) -> torch.Tensor:
         return torch.tensor([getattr(sequence.sampling, name) for sequence in batch])
 
-    nothing = torch.zeros(len(batch), dtype=torch.int64)
-    rows = op.SamplingRows(
-        temperature=nothing.float(),
-        top_k=nothing,
-        top_p=nothing.float(),
-        min_p=nothing.float(),
-        seeds=nothing,
-        choices=nothing,
-        positions=nothing,
-        bias=op.Bias(
-            rows=torch.tensor([row for row, _, _ in biases], dtype=torch.int64),
-            tokens=torch.tensor([token for _, token, _ in biases], dtype=torch.int64),
-            values=torch.tensor([value for _, _, value in biases], dtype=torch.float32),
-        ),
-        penalties=op.Penalties(
-            rows=torch.tensor([row for row, _, _ in seen]),
-            tokens=torch.tensor([token for _, token, _ in seen]),
-            counts=torch.tensor([number for _, _, number in seen]),
-            repetition=column("repetition_penalty"),
-            presence=column("presence_penalty"),
-            frequency=column("frequency_penalty"),
-        ),
+    bias = Bias(
+        rows=torch.tensor([row for row, _, _ in biases], dtype=torch.int64),
+        tokens=torch.tensor([token for _, token, _ in biases], dtype=torch.int64),
+        values=torch.tensor([value for _, _, value in biases], dtype=torch.float32),
     )
-    return op.edit_logits(logits, rows)
+    penalties = Penalties(
+        rows=torch.tensor([row for row, _, _ in seen]),
+        tokens=torch.tensor([token for _, token, _ in seen]),
+        counts=torch.tensor([number for _, _, number in seen]),
+        repetition=column("repetition_penalty"),
+        presence=column("presence_penalty"),
+        frequency=column("frequency_penalty"),
+    )
+    return edit_logits(logits, bias, penalties)
 
 
 def edited(state: TokenState, logits: torch.Tensor, batch: list[Sequence]) -> torch.Tensor:
