@@ -2,7 +2,8 @@
 
 A kernel that is launched with `chained(device)` may start when all programs of the one before it have called
 `let_next_begin`. Until `wait_for_earlier` it may read nothing but weights and write nothing at all: what came before is
-not done until then. As every kernel waits, the end of one is also the end of all before it.
+not done until then. As every program of every kernel waits, even one that has nothing to do, the end of one is also the
+end of all before it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.edits import EditTables
-from headrace.kernels.ops.math_triton import OPTIONS, chained, follow
+from headrace.kernels.ops.math_triton import OPTIONS
 
 __all__ = ["count", "edit"]
 
@@ -55,7 +56,8 @@ def _edit(
     logits, stride, vocab, penalties, seen, rows, edited,
     TILE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    follow(CHAINED)
+    wait_for_earlier(CHAINED)
+    let_next_begin(CHAINED)
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + index)
     token = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -76,7 +78,8 @@ def _edit_few(
     logits, stride, vocab, penalties, seen, rows, positions, biased, biases, limits, width, edited,
     TILE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    follow(CHAINED)
+    wait_for_earlier(CHAINED)
+    let_next_begin(CHAINED)
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + index)
     is_early = tl.load(positions + index) < tl.load(limits + row * 3 + 2)
@@ -101,7 +104,8 @@ def _edit_few(
 
 @triton.jit
 def _count(tokens, seen, rows, vocab, CHAINED: tl.constexpr):
-    follow(CHAINED)
+    wait_for_earlier(CHAINED)
+    let_next_begin(CHAINED)
     index = tl.program_id(0)
     token = tl.load(tokens + index)
     if token >= 0:

@@ -3,38 +3,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 import triton
 import triton.language as tl
 
-__all__ = ["OPTIONS", "chained", "follow", "round_to_bfloat16", "sigmoid", "tanh"]
+__all__ = ["OPTIONS", "round_to_bfloat16", "sigmoid", "tanh"]
 
 # Of every launch. Triton 3.9 warns if nobody says whether a * b + c may be rounded once, and 3.10 changes its mind.
 OPTIONS = {"enable_fp_fusion": True}
-
-
-@cache
-def chained(device: torch.device) -> dict[str, bool]:
-    """Options of kernels that begin with `follow`: from Hopper on they are sent out while the one before still runs.
-
-    It hides most of what a launch costs, which is most of what a small kernel costs.
-    """
-    can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"CHAINED": True, "launch_pdl": True} if can else {"CHAINED": False}
-
-
-@triton.jit
-def follow(CHAINED: tl.constexpr):
-    """Wait until all earlier kernels are done, and let the next one be sent out.
-
-    Every program of a chained kernel calls it before it reads or writes anything, even if it then has nothing to do:
-    whoever waits for this kernel waits for the earlier ones, too.
-    """
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.draw_triton import LEAST_NOISE, best_of_open, furthest_of, noise_of
 from headrace.kernels.ops.edges_triton import (
     BINS,
@@ -40,7 +41,7 @@ from headrace.kernels.ops.edges_triton import (
     nearest_groups,
     takes_groups,
 )
-from headrace.kernels.ops.math_triton import OPTIONS, chained, follow
+from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.sampling import SamplingRows
 
 __all__ = ["choose"]
@@ -103,7 +104,8 @@ def _peak(
     logits, stride, vocab, share, peaks, peak_tokens, groups, counts, state, TILE: tl.constexpr, CHAINED: tl.constexpr
 ):
     """The part's largest logit, NaN if one of them is, and the first token that has it."""
-    follow(CHAINED)
+    wait_for_earlier(CHAINED)
+    let_next_begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * share
     best = tl.full((TILE,), float("-inf"), tl.float32)
@@ -134,7 +136,8 @@ def _peak(
 @triton.jit(do_not_specialize=["parts"])
 def _join(peaks, peak_tokens, tokens, parts, PARTS: tl.constexpr, CHAINED: tl.constexpr):
     """The tokens of greedy rows."""
-    follow(CHAINED)
+    wait_for_earlier(CHAINED)
+    let_next_begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     _, token = _likeliest(peaks + row * parts, peak_tokens + row * parts, parts, PARTS)
     tl.store(tokens + row, token.to(tl.int64))
@@ -157,7 +160,8 @@ def _count(
     CHAINED: tl.constexpr,
 ):
     """How many of the part's tokens fall into each bin, and the sum of their probabilities."""
-    follow(CHAINED)
+    wait_for_earlier(CHAINED)
+    let_next_begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     parts = tl.num_programs(1)
     temperature = tl.load(temperatures + row)
@@ -208,7 +212,8 @@ def _narrow(
     CHAINED: tl.constexpr,
 ):
     """The best of the part's tokens that are kept for sure, and the list of those that may be kept."""
-    follow(CHAINED)
+    wait_for_earlier(CHAINED)
+    let_next_begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     parts = tl.num_programs(1)
     part = row * parts + tl.program_id(1)
@@ -307,7 +312,8 @@ def _decide(
     CHAINED: tl.constexpr,
 ):
     """The token of each row."""
-    follow(CHAINED)
+    wait_for_earlier(CHAINED)
+    let_next_begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     parts = (vocab + share - 1) // share
     largest, token = _likeliest(peaks + row * parts, peak_tokens + row * parts, parts, PARTS)
