@@ -10,6 +10,7 @@ from tests.support.tiny_models import save_model
 from tests.support.tiny_tokenizer import VOCAB_SIZE
 from tests.support.up import Up
 
+DIGITS = 1e-5  # the file holds six digits, so sums of what it holds may be off by one in the last
 PERCENTILES = [f"{name}_p{share}_ms" for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)]
 
 
@@ -25,7 +26,7 @@ def test_starts(bench):
         phases = [figure[f"{name}_s"] for name in ("imports", "model", "weights", "memory", "kernels", "broker")]
         assert min(phases) >= 0
         assert figure["imports_s"] > 0
-        assert figure["value"] == pytest.approx(figure["ready_s"] + figure["first_token_s"])
+        assert figure["value"] == pytest.approx(figure["ready_s"] + figure["first_token_s"], rel=DIGITS)
         # Its own clock begins with the process, and stops when the launcher hears of it.
         assert sum(phases) == pytest.approx(figure["ready_s"], rel=0.5)
     assert "first token s" in done.output
@@ -80,8 +81,8 @@ def test_both_ways(bench):
     through = rows["compare throughput"]["figures"]["headrace"]
     assert through["in_process"] == rate
     assert (through["completed"], through["output_tokens"]) == (4, 20)
-    assert rows["compare throughput"]["goal"] == pytest.approx(0.97 * rate)
-    assert rows["compare first token"]["goal"] == pytest.approx(first + 2.0)
+    assert rows["compare throughput"]["goal"] == pytest.approx(0.97 * rate, rel=DIGITS)
+    assert rows["compare first token"]["goal"] == pytest.approx(first + 2.0, rel=DIGITS)
     assert "in process" in done.output
     assert "met" in done.output or "missed" in done.output
 
