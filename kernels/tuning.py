@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -39,6 +39,8 @@ _BUCKETS = (1, 2, 4, 16, 32, 64, 128)
 
 _SMALL = 2**23  # weights of a product that takes no longer than the launches around it
 _FEW = 2**22  # weights that do not keep a GPU busy in tiles of four rows
+
+_INTERPRETED_ROWS = 64  # of a weight
 
 # What stands in for a GPU that is not known: the smallest of today's data centers.
 _PROCESSORS = 108
@@ -94,7 +96,7 @@ def row_bucket(rows: int) -> int:
 def tiles_for(shape: LinearShape, device: torch.device) -> Tiles:
     """How to compute it on a device: as its table says, otherwise as guessed."""
     if device.type != "cuda":
-        return guess(shape, _PROCESSORS, _SHARED_MEMORY)
+        return _interpreted(guess(shape, _PROCESSORS, _SHARED_MEMORY))
     gpu = torch.cuda.get_device_properties(device)
     stored = read_table(table_name(gpu.name)).get(shape)
     shared_memory = getattr(gpu, "shared_memory_per_block_optin", _SHARED_MEMORY)
@@ -108,6 +110,11 @@ def guess(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
     if shape.itemsize != 2 or (shape.rows > 64 and shape.n * shape.k > _SMALL):
         return Tiles("torch")  # exact products of float32 are not for tensor cores
     return _guess_skinny(shape, processors, shared_memory)
+
+
+def _interpreted(tiles: Tiles) -> Tiles:
+    """For Triton's interpreter, which takes as long for a program of a few rows as for one of many."""
+    return replace(tiles, block_n=_INTERPRETED_ROWS) if tiles.kernel == "gemv" else tiles
 
 
 def _guess_gemv(shape: LinearShape) -> Tiles:
