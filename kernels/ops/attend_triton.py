@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.batch import Batch
-from headrace.kernels.ops.launch_triton import overlapping, wait_for_others
+from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.scores_triton import WIDE_DOTS, absorb, added_tensors, scores_of, slopes_of
 from headrace.kernels.spec import AttentionSpec
@@ -125,7 +125,7 @@ def attend(
         DIMS=dims,
         num_warps=warps,
         num_stages=stages,
-        **overlapping(),
+        **chained(q_thd.device),
         **OPTIONS,
     )
 
@@ -179,9 +179,10 @@ def _attend(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DIMS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    wait_for_others(OVERLAP)
+    let_next_begin(CHAINED)
+    wait_for_earlier(CHAINED)
     QUERIES: tl.constexpr = ROWS // HEADS
     kv_head = tl.program_id(0) // HEAD_TILES
     sequence, tile = _whose(query_starts + first_sequence, num_sequences, QUERIES)

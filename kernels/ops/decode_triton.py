@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.batch import Batch
+from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.decode_parts_triton import blocks_of, join, load_tiles, newest_pair
-from headrace.kernels.ops.launch_triton import overlapping, wait_for_others
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.rotation_triton import normed_and_rotated
 from headrace.kernels.ops.scores_triton import WIDE_DOTS, absorb, added_tensors, scores_of, slopes_of
@@ -170,7 +170,7 @@ def decode(
         MOST_SPLITS=_MOST_SPLITS,
         STAGES=stages,
         num_warps=warps,
-        **overlapping(),
+        **chained(q.device),
         **OPTIONS,
     )
 
@@ -238,9 +238,10 @@ def _decode(
     DIMS: tl.constexpr,
     STAGES: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    wait_for_others(OVERLAP)
+    let_next_begin(CHAINED)
+    wait_for_earlier(CHAINED)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     kv_head = tl.program_id(0) // HEAD_TILES

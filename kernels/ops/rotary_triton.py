@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.ops.launch_triton import overlapping, wait_for_others
+from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.rotation_triton import normed_and_rotated
 from headrace.kernels.spec import AttentionSpec
@@ -79,7 +79,7 @@ def rotate_and_cache(
             HEADS=heads,
             DIMS=dims,
             num_warps=_WARPS,
-            **overlapping(),
+            **chained(qkv.device),
             **OPTIONS,
         )
     return queries
@@ -108,9 +108,10 @@ def _rotate_and_cache(
     UNIT_OFFSET: tl.constexpr,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    wait_for_others(OVERLAP)
+    let_next_begin(CHAINED)
+    wait_for_earlier(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     head = FIRST + tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, DIMS)[None, :]
