@@ -105,16 +105,19 @@ def _bars(axes: Axes, group: Sequence[Row]) -> None:
 
     for row in group:
         first = place
-        values = [(name, row.value(name), {"color": colours[name]}) for name in row.figures]
+        values: list[tuple[str, float | None, dict[str, Any]]] = [
+            (name, row.value(name), {"color": colours[name]}) for name in row.figures
+        ]
         for name in others:
             found = row.published.get(name)
             if found is not None:
-                look = {"color": "white", "edgecolor": _PEERS[others.index(name) % len(_PEERS)], "hatch": "////"}
+                edge = _PEERS[others.index(name) % len(_PEERS)]
                 low = found[0] if isinstance(found, Sequence) else found
+                look = {"color": "white", "edgecolor": edge, "hatch": "////"}
                 values.append((f"{name} (elsewhere, {DATE})", low, look))
-        for name, value, look in values:
+        for name, value, style in values:
             if value is not None:
-                axes.barh(place, value, height=0.85, label=once(name), **look)
+                axes.barh(place, value, height=0.85, label=once(name), **style)
                 axes.text(value, place, f" {amount(value)}", va="center", fontsize=7)
                 place += 1
         ends = (first - 0.5, max(first + 0.5, place - 0.5))
