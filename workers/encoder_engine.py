@@ -21,7 +21,8 @@ from headrace.tasks import EMBED, FILL_MASK, PoolingParams
 from headrace.workers.compilations import compilations
 from headrace.workers.config import EngineConfig
 from headrace.workers.encoder_runner import EncoderRunner, Items, Text
-from headrace.workers.engine import StepResult, model_len
+from headrace.workers.engine import StepResult
+from headrace.workers.served import model_len
 from headrace.workers.warmup import lengths_up_to
 
 if TYPE_CHECKING:

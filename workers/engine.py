@@ -23,31 +23,27 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.card import ModelCard
 from headrace.errors import (
-    ConfigError,
     DeadlineExceededError,
     HeadraceError,
     InternalError,
     InvalidRequestError,
-    ModelFilesError,
 )
-from headrace.kernels.kv import KVCache
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, pack_tokens, unpack_tokens
 from headrace.sampling import SamplingParams
 from headrace.tasks import GENERATE
 from headrace.workers.compilations import compilations
 from headrace.workers.config import EngineConfig
-from headrace.workers.memory import default_kv_blocks
 from headrace.workers.runner import Runner
 from headrace.workers.sampler import Choice, Choices
 from headrace.workers.scheduler import Filled, Plan, Scheduler
 from headrace.workers.sequence import Sequence
+from headrace.workers.served import model_len, num_blocks, start_token_of
 from headrace.workers.warmup import examples
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
-    from headrace.kernels.spec import ModelSpec
 
-__all__ = ["Engine", "EngineConfig", "StepResult", "model_len", "start_token_of"]
+__all__ = ["Engine", "EngineConfig", "StepResult"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +80,15 @@ class Engine:
         start_token: int | None = None,
     ) -> None:
         max_model_len = model_len(card, config)
-        num_blocks = _num_blocks(model, config, max_model_len)
-        max_model_len = min(max_model_len, num_blocks * config.block_size)
+        blocks = num_blocks(model, config, max_model_len)
+        max_model_len = min(max_model_len, blocks * config.block_size)
         self.card = dataclasses.replace(card, max_model_len=max_model_len)
         self.blobs = blobs or {}
         self.config = config
         self.max_num_seqs = config.max_num_seqs
-        self.kv_tokens = num_blocks * config.block_size
+        self.kv_tokens = blocks * config.block_size
         self._scheduler = Scheduler(
-            num_blocks=num_blocks,
+            num_blocks=blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_batch_tokens=config.max_batch_tokens,
@@ -103,7 +99,7 @@ class Engine:
         )
         self._runner = Runner(
             model,
-            num_blocks=num_blocks,
+            num_blocks=blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_batch_tokens=config.max_batch_tokens,
@@ -362,54 +358,4 @@ def _not_numbers(sequence: Sequence) -> InternalError:
         f"The model's logits after {sequence.num_output} tokens hold NaN or infinity, so no token could be chosen; "
         "other requests go on. If it happens again, the weights are damaged or the dtype is too narrow: try float32.",
         request_id=sequence.stream.request.hex(),
-    )
-
-
-def start_token_of(spec: ModelSpec, card: ModelCard, given: int | None) -> int | None:
-    """What an encoder-decoder's texts begin with, given or by its config; None for a decoder.
-
-    Raises:
-        ModelFilesError: nobody says, or it is no token.
-    """
-    if spec.encoder is None:
-        return None
-    start = spec.encoder.start_token if given is None else given
-    if isinstance(start, int) and 0 <= start < card.vocab_size:
-        return start
-    raise ModelFilesError(
-        f"{card.name}, a {card.architecture}, has {'no' if start is None else repr(start) + ' as its'} "
-        f"decoder_start_token_id, so nobody can tell what its answers begin with. Put a token id below "
-        f"{card.vocab_size} into its generation_config.json; that of T5 is its pad_token_id: "
-        '"decoder_start_token_id": 0.',
-        param="model",
-    )
-
-
-def model_len(card: ModelCard, config: EngineConfig) -> int:
-    """Most tokens of one text, prompt and output together.
-
-    Raises:
-        ConfigError: the settings ask for more than the model was made for.
-    """
-    if config.max_model_len is None:
-        return card.max_model_len
-    if config.max_model_len > card.max_model_len:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but {card.name} was made for {card.max_model_len} tokens; "
-            "lower it or leave it out.",
-            param="max_model_len",
-        )
-    return config.max_model_len
-
-
-def _num_blocks(model: Model, config: EngineConfig, max_model_len: int) -> int:
-    if config.kv_tokens is not None:
-        return config.kv_tokens // config.block_size
-    parameter = next(model.parameters())
-    return default_kv_blocks(
-        parameter.device,
-        bytes_per_block=KVCache.bytes_per_block(model.spec, config.block_size, parameter.dtype),
-        block_size=config.block_size,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
     )

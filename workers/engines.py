@@ -11,9 +11,10 @@ from headrace.workers.config import EngineConfig
 from headrace.workers.describe import describe
 from headrace.workers.device import pick_device
 from headrace.workers.encoder_engine import EncoderEngine
-from headrace.workers.engine import Engine, start_token_of
+from headrace.workers.engine import Engine
 from headrace.workers.kv_size import check_before_loading, with_measured_cache
 from headrace.workers.loader import load_model
+from headrace.workers.served import start_token_of
 
 __all__ = ["load_engine"]
 

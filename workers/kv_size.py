@@ -20,7 +20,7 @@ from headrace.kernels.spec import ModelSpec
 from headrace.messages import Assignment, pack_tokens
 from headrace.workers.config import EngineConfig
 from headrace.workers.device import gpu_memory
-from headrace.workers.engine import Engine, model_len
+from headrace.workers.engine import Engine
 from headrace.workers.graphs import decode_sizes, prompt_sizes
 from headrace.workers.memory import (
     LEAST_TOKENS,
@@ -31,6 +31,7 @@ from headrace.workers.memory import (
     kv_blocks,
     step_bytes,
 )
+from headrace.workers.served import model_len
 from headrace.workers.warmup import all_options, longest_text
 
 __all__ = ["check_before_loading", "with_measured_cache"]

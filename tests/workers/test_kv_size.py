@@ -14,9 +14,10 @@ from headrace.workers import engines, kv_size
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
 from headrace.workers.describe import describe
-from headrace.workers.engine import Engine, start_token_of
+from headrace.workers.engine import Engine
 from headrace.workers.loader import load_model
 from headrace.workers.memory import GpuMemory
+from headrace.workers.served import start_token_of
 from tests.support.tiny_models import save_model, save_t5
 
 GPU = torch.device("cuda", 0)
