@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from headrace.errors import ConfigError
 from headrace.workers.memory import GpuMemory
 
-__all__ = ["Download", "gpu_memory", "pick_device", "upload"]
+__all__ = ["Download", "captured", "gpu_memory", "pick_device", "upload"]
+
+R = TypeVar("R")
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -49,6 +52,24 @@ def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     if device.type != "cuda" or not tensor.numel():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # whose memory is kept until it was copied
+
+
+def captured(compute: Callable[[], R], pool: Any) -> tuple[torch.cuda.CUDAGraph, R]:
+    """What is computed on a GPU as a graph, and its results, which every replay overwrites.
+
+    Args:
+        compute: must read and write the same memory each time, and wait for nothing.
+        pool: of memory, which graphs that run one after the other may share.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        compute()  # compiles, and lets libraries set themselves up
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        results = compute()
+    return graph, results
 
 
 class Download:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, product
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.batch import Batch
-from headrace.workers.device import upload
+from headrace.workers.device import captured, upload
 
 __all__ = ["StaticTexts", "TextGraphs", "sizes_of_batches"]
 
@@ -115,7 +116,7 @@ class TextGraphs:
         self.sizes = sizes
         self.replays = 0
         self._step = step
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -123,15 +124,7 @@ class TextGraphs:
         step, pool = self._step, torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
             step.fill((), size)
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                step.compute(size)  # compiles, and lets libraries set themselves up
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                states, starts = step.compute(size)
-            self._graphs[size] = graph, states, starts
+            self._graphs[size] = captured(partial(step.compute, size), pool)
 
     def size_for(self, texts: Sequence[array[int]]) -> tuple[int, int] | None:
         """The smallest size that holds the texts, if one does."""
@@ -146,6 +139,6 @@ class TextGraphs:
         return states[: sum(map(len, texts))], starts[: len(texts) + 1]
 
     def _computed(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        graph, states, starts = self._graphs[size]
+        graph, computed = self._graphs[size]
         graph.replay()
-        return states, starts
+        return computed

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,7 +28,7 @@ from headrace.kernels.kv import KVCache
 from headrace.kernels.ops.placement import place
 from headrace.kernels.ops.sampling import choose
 from headrace.workers.batch import BlockNews, chunk_tokens, next_input, with_expected
-from headrace.workers.device import upload
+from headrace.workers.device import captured, upload
 from headrace.workers.sampler import NUM_SETTINGS, Sampler, settings_in
 from headrace.workers.scheduler import Chunk, Plan
 
@@ -328,33 +328,24 @@ class StepGraphs:
         replays: steps computed by a graph.
     """
 
-    def __len__(self) -> int:
-        return len(self._graphs)
-
     def __init__(self, kinds: Items[StaticStep]) -> None:
         self.replays = 0
         self._kinds = kinds
         self._graphs: dict[tuple[StaticStep, int], tuple[torch.cuda.CUDAGraph, Computed]] = {}
         self._read: tuple[Tensor, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     @torch.inference_mode()
-    def capture(self, told: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def capture(self) -> None:
         """Capture all of them, the largest first: the others find room in its memory."""
         pool = torch.cuda.graph_pool_handle()
         self._read = self._kinds[0].rotary_tables  # should the model ever have larger ones, graphs go on reading these
-        todo = [(kind, size) for kind in reversed(self._kinds) for size in reversed(kind.sizes)]
-        for done, (kind, size) in enumerate(todo):
-            kind.fill((), size)
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                kind.compute(size)  # compiles, and lets libraries set themselves up
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                computed = kind.compute(size)
-            self._graphs[kind, size] = graph, computed
-            told(done + 1, len(todo))
+        for kind in reversed(self._kinds):
+            for size in reversed(kind.sizes):
+                kind.fill((), size)
+                self._graphs[kind, size] = captured(partial(kind.compute, size), pool)
 
     def run(self, plan: Plan) -> Computed | None:
         """What comes of a step; None if no graph computes such a one."""
