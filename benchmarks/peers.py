@@ -17,6 +17,7 @@ from headrace.benchmarks.measure import Timeline
 from headrace.benchmarks.models import config_of, peer_module
 from headrace.benchmarks.shapes import SHAPES, Source
 from headrace.benchmarks.subject import Room
+from headrace.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -200,8 +201,10 @@ class VLLM:
         return Timeline(total=time.perf_counter() - started, first=first, gaps=gaps)
 
     def encode(self, texts: list[list[int]]) -> Timeline:
-        """Not measured: it serves encoders by another class and another engine."""
-        raise NotImplementedError("vLLM's encoders are not measured here")
+        """Refused, which costs its cell of the table: vLLM reads texts by another class and another engine."""
+        raise UnsupportedModelError(
+            "vLLM is measured with models that generate only; leave --peer vllm out for an encoder.", param="peer"
+        )
 
     def unload(self) -> None:
         """Let go of the engine."""

@@ -60,6 +60,11 @@ def _batches(shape: str, dtype: str, prompt: int, figures: dict[int, tuple[float
     ]
 
 
+def _throughput(shape: str, dtype: str, goal: float | None, vllm: float) -> Published:
+    load = {"batch": 256, "prompt_tokens": 512, "output_tokens": 256}
+    return Published(measure="throughput", shape=shape, dtype=dtype, goal=goal, peers={_VLLM: vllm}, **load)
+
+
 PUBLISHED: list[Published] = [
     _decode(
         "llama-8b",
@@ -99,35 +104,9 @@ PUBLISHED: list[Published] = [
         goal=42_000,
         peers={_VLLM: 39_000},
     ),
-    Published(
-        measure="throughput",
-        shape="llama-8b",
-        dtype="bfloat16",
-        batch=256,
-        prompt_tokens=512,
-        output_tokens=256,
-        goal=11_000,
-        peers={_VLLM: 9_950},
-    ),
-    Published(
-        measure="throughput",
-        shape="llama-8b",
-        dtype="fp8 weights",
-        batch=256,
-        prompt_tokens=512,
-        output_tokens=256,
-        goal=14_500,
-        peers={_VLLM: 13_200},
-    ),
-    Published(
-        measure="throughput",
-        shape="llama-1b",
-        dtype="bfloat16",
-        batch=256,
-        prompt_tokens=512,
-        output_tokens=256,
-        peers={_VLLM: 38_400},
-    ),
+    _throughput("llama-8b", "bfloat16", 11_000, 9_950),
+    _throughput("llama-8b", "fp8 weights", 14_500, 13_200),
+    _throughput("llama-1b", "bfloat16", None, 38_400),
     Published(measure="startup cold", shape="llama-8b", dtype="bfloat16", goal=30, peers={}),
     Published(measure="startup warm", shape="llama-8b", dtype="bfloat16", goal=10, peers={_VLLM: 115}),
     Published(measure="startup cold", shape="llama-1b", dtype="bfloat16", goal=30, peers={}),
