@@ -108,7 +108,7 @@ def test_types_as_training_configs_give_them(name, dtype):
         ({"dtype": torch.int8}, "dtype is int8 .quantized weights are not in this release.; give float32"),
         ({"dtype": "float12"}, "dtype is float12; give float32"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "keeps all weights on the device"),
-        ({"enable_cuda_graph": True}, "captures no CUDA graphs, and a CPU has none"),
+        ({"enable_cuda_graph": True}, "the library captures no CUDA graphs, and a CPU has none"),
         ({"replace_with_kernel_inject": False}, "replace_with_kernel_inject is False, which cannot be honoured"),
         ({"replace_method": "manual"}, "replace_method is 'manual', which cannot be honoured"),
         ({"checkpoint": "shards.json"}, "checkpoint is 'shards.json'.*the model's path as the first argument"),

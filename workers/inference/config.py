@@ -35,7 +35,7 @@ class InferenceConfig:
         tensor_parallel: GPUs that share the model; this release computes on one.
         quantize: None; this release has no quantized weights.
         offload: None; this release keeps all weights on the device.
-        cuda_graphs: False; this release captures none.
+        cuda_graphs: False; the library captures none, a pool does.
 
     Raises:
         ConfigError: a name is unknown (the nearest is named), a value is out of range or cannot be honoured.
@@ -131,8 +131,8 @@ class InferenceConfig:
             )
         if self.cuda_graphs is not False:
             raise ConfigError(
-                f"cuda_graphs is {self.cuda_graphs!r}, but this release captures no CUDA graphs, and a CPU has none. "
-                "Leave it out.",
+                f"cuda_graphs is {self.cuda_graphs!r}, but the library captures no CUDA graphs, and a CPU has none. "
+                "Leave it out; a pool (`headrace up`) has them on a GPU.",
                 param="cuda_graphs",
             )
 
