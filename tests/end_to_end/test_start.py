@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from tests.support.tiny_models import save_model, save_t5
+from tests.support.tiny_models import make_greedy, save_model, save_t5
 from tests.support.up import Up
 
 
@@ -26,6 +26,7 @@ def refusal(*arguments: str, **options) -> str:
 
 
 def test_once_ends_with_the_answer(folder):
+    make_greedy(folder)
     with Up(str(folder), "--once", "--prompt", "hello") as up:
         assert up.wait() == 0, up.output
         assert "tok/s" in up.output

@@ -17,15 +17,13 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A model folder as transformers writes it, but greedy: an answer that is drawn may be an end token alone."""
-    from tests.support.tiny_models import save_model
+    """A model folder as transformers writes it, but greedy."""
+    from tests.support.tiny_models import make_greedy, save_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
     save_model(folder)
-    path = folder / "generation_config.json"
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(settings | {"do_sample": False}))
+    make_greedy(folder)
     return folder
 
 

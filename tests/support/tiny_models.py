@@ -20,7 +20,7 @@ from tests.support.tiny_tokenizer import (
     tiny_tokenizer_json,
 )
 
-__all__ = ["FAMILIES", "T5_VARIANTS", "make_model", "make_t5", "save_model", "save_t5"]
+__all__ = ["FAMILIES", "T5_VARIANTS", "make_greedy", "make_model", "make_t5", "save_model", "save_t5"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -178,6 +178,13 @@ def save_model(folder: Path, name: str = "qwen2-tied", *, seed: int = 0, shards:
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     return model
+
+
+def make_greedy(folder: Path) -> None:
+    """Let a saved model's own settings draw nothing: one answer in 150 that is drawn is an end token alone."""
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(settings | {"do_sample": False}), encoding="utf-8")
 
 
 # v1.0; v1.1 and Flan, with a head of their own and outputs that are not scaled; more layers on one side, and an inner
