@@ -136,7 +136,8 @@ class _GpuLanes:
         buffer, emptied = buffers[0]
         emptied.synchronize()
         fill(buffer[: len(out)], start)
-        with torch.cuda.stream(stream):
+        # Whether tensors are inference tensors, which change in inference mode alone, is up to who asked for them.
+        with torch.inference_mode(), torch.cuda.stream(stream):
             stream.wait_event(allocated)
             out.copy_(buffer[: len(out)], non_blocking=True)
             emptied.record(stream)
