@@ -86,8 +86,8 @@ def examples(card: ModelCard, config: EngineConfig, *, sources: bool, everything
     for count in lengths_up_to(config.max_num_seqs):
         yield [make(3, max_tokens=2) for _ in range(count)]
         yield [make(3, **all_options()) for _ in range(count)]
-    for count in sorted({min(count, config.max_num_seqs) for count in (2, 5, 17, config.max_num_seqs)}):
-        for context in (1, 100, budget):
+    for count in sorted({min(count, config.max_num_seqs) for count in (2, 5, 17, 65, 129, config.max_num_seqs)}):
+        for context in (1, 100, budget) if count not in (65, 129) else (100,):
             yield from _mixed(make, count, min(context, longest), budget)
 
 

@@ -182,7 +182,7 @@ def _attend(
     CHAINED: tl.constexpr,
 ):
     let_next_begin(CHAINED)
-    wait_for_earlier(CHAINED)
+    # Where texts begin and end was known before the step began.
     QUERIES: tl.constexpr = ROWS // HEADS
     kv_head = tl.program_id(0) // HEAD_TILES
     sequence, tile = _whose(query_starts + first_sequence, num_sequences, QUERIES)
@@ -190,6 +190,7 @@ def _attend(
     start = tl.load(query_starts + sequence).to(tl.int64)
     num_queries = (tl.load(query_starts + sequence + 1) - start).to(tl.int32)
     context = tl.load(context_lens + sequence) if PAGED else num_queries
+    wait_for_earlier(CHAINED)
     if tile * QUERIES >= num_queries:
         return
 

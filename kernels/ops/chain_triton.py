@@ -1,9 +1,11 @@
 """How a kernel begins while the one before it ends (programmatic dependent launch, from sm_90 on).
 
 A kernel that is launched with `chained(device)` may start when all programs of the one before it have called
-`let_next_begin`. Until `wait_for_earlier` it may read nothing but weights and write nothing at all: what came before is
-not done until then. As every program of every kernel waits, even one that has nothing to do, the end of one is also the
-end of all before it.
+`let_next_begin`. Until `wait_for_earlier` it may write nothing at all, and read only what was there before the last
+launch that overlaps with nothing: weights, and of a step all that was written before its tokens were embedded, which is
+such a launch: lengths, tables of blocks, and keys and values of earlier steps. What comes after that is not done until
+then. As every program of every kernel waits, even one that has nothing to do, the end of one is also the end of all
+before it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

@@ -7,7 +7,8 @@ Each part leaves a running softmax; the program that comes last joins them, in t
 
 The query's own key and value may come straight from the projection: then every program norms and rotates its queries,
 and the one of the last part does so with the key, writes it and the value into the cache, and attends to them as they
-are written. Nobody else reads that slot.
+are written. Nobody else reads that slot. All other keys are of steps before this one, so the first of them are on
+their way while the projection still runs (`headrace.kernels.ops.chain_triton`).
 
 All lengths are read from the device: the grid depends on the shapes of the batch alone, so that a captured launch
 serves contexts of any length. Nothing is read past a context, whatever is there. Scores, softmax and sums are float32;
@@ -28,32 +29,16 @@ from torch import Tensor
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.decode_parts_triton import blocks_of, join, load_tiles, newest_pair
+from headrace.kernels.ops.decode_tiles import MOST_SPLITS, decode_tiles
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.rotation_triton import normed_and_rotated
 from headrace.kernels.ops.scores_triton import WIDE_DOTS, absorb, added_tensors, scores_of, slopes_of
 from headrace.kernels.spec import AttentionSpec
 
-__all__ = ["Newest", "decode", "num_splits"]
-
-# Parts of contexts for which there shall be programs: two for each processor of the largest GPUs. More than 32 parts
-# of one context cost more to join than they save.
-_PROGRAMS = 264
-_MOST_SPLITS = 32
+__all__ = ["Newest", "decode"]
 
 _MOST_HEADS = 16  # of a tile, what tensor cores take at once; larger groups are several tiles
 _FEWEST_DIMS = 16  # of a product on tensor cores
-
-# Keys of a tile, warps and stages by bytes of a value and padded head size. A decode lives from loads in flight: of 16
-# bits, the stages take up to 96 KB of the shared memory, so that a processor has room for two programs. Exact products
-# of float32 are not for tensor cores; their operands stand in registers, which fewer warps would overflow.
-_TILES = {
-    (2, 64): (64, 4, 4),
-    (2, 128): (64, 4, 3),
-    (2, 256): (32, 4, 3),
-    (4, 64): (32, 8, 2),
-    (4, 128): (32, 8, 2),
-    (4, 256): (32, 8, 1),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +83,7 @@ def decode(
         spec: of the attention.
         table: [buckets, heads] of a relative bias.
         num_sequences: how many of them.
-        newest: if keys and values are not in the cache yet.
+        newest: if keys and values are not in the cache yet. Then what else is in it was written before the step began.
     """
     group = spec.num_heads // spec.num_kv_heads
     dims = max(_FEWEST_DIMS, triton.next_power_of_2(spec.head_dim))
@@ -107,14 +92,13 @@ def decode(
     assert keys.stride(1) == values.stride(1) == spec.head_dim
     assert keys.stride(0) == values.stride(0)
     assert spec.scale > 0
-    columns, warps, stages = _TILES[q.element_size(), max(dims, 64)]
     heads = min(group, _MOST_HEADS)
     tiles = spec.num_kv_heads * triton.cdiv(group, heads)
     capacity = batch.block_tables.shape[1] * batch.block_size
-    splits = num_splits(num_sequences * tiles, capacity, columns)
+    way = decode_tiles(q.element_size(), dims, heads, num_sequences * tiles, capacity)
     parts = weights = arrivals = None
-    if splits > 1:
-        shape = (num_sequences, tiles, splits, heads)
+    if way.splits > 1:
+        shape = (num_sequences, tiles, way.splits, heads)
         parts = torch.empty((*shape, spec.head_dim), dtype=torch.float32, device=q.device)
         weights = torch.empty(shape, dtype=torch.float32, device=q.device)
         arrivals = _arrivals(batch, num_sequences * tiles)
@@ -122,7 +106,7 @@ def decode(
     norm = spec.qk_norm if newest is not None else None
     cos_sin = None if newest is None or newest.cos_sin is None else newest.cos_sin.contiguous()
     rows = triton.next_power_of_2(heads)
-    _decode[(tiles, splits, num_sequences)](
+    _decode[(tiles, way.splits, num_sequences)](
         q,
         keys,
         values,
@@ -161,23 +145,19 @@ def decode(
         INTERLEAVED=newest is not None and newest.interleaved,
         NORM="none" if norm is None else norm.kind,
         UNIT_OFFSET=norm is not None and norm.unit_offset,
-        SPLIT=splits > 1,
+        SPLIT=way.splits > 1,
+        AHEAD=way.ahead,
         WIDE=WIDE_DOTS,
         HEADS=heads,
         ROWS=rows,
-        COLUMNS=columns,
+        COLUMNS=way.columns,
         DIMS=dims,
-        MOST_SPLITS=_MOST_SPLITS,
-        STAGES=stages,
-        num_warps=warps,
+        MOST_SPLITS=MOST_SPLITS,
+        STAGES=way.stages,
+        num_warps=way.warps,
         **chained(q.device),
         **OPTIONS,
     )
-
-
-def num_splits(programs: int, capacity: int, columns: int) -> int:
-    """Parts into which contexts are cut: enough to fill a GPU, if the block tables hold that many tiles."""
-    return max(1, min(_MOST_SPLITS, _PROGRAMS // programs, -(-capacity // columns)))
 
 
 def _arrivals(batch: Batch, count: int) -> Tensor:
@@ -231,6 +211,7 @@ def _decode(
     NORM: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,
     WIDE: tl.constexpr,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -241,7 +222,8 @@ def _decode(
     CHAINED: tl.constexpr,
 ):
     let_next_begin(CHAINED)
-    wait_for_earlier(CHAINED)
+    if not NEWEST:
+        wait_for_earlier(CHAINED)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     kv_head = tl.program_id(0) // HEAD_TILES
@@ -262,13 +244,17 @@ def _decode(
     if SPLIT:
         num_parts = tl.maximum(1, tl.minimum(tl.num_programs(1), tl.cdiv(stop - first, COLUMNS)))
         if part >= num_parts:
+            if NEWEST:
+                wait_for_earlier(CHAINED)
             return
 
     dims = tl.arange(0, DIMS)
-    if SPLIT:  # the first tile is on its way while the queries are made
+    if AHEAD:  # the first tile is on its way while the queries are made
         k_tile, v_tile = load_tiles(
             keys, values, key, key < stop, block, dims, kv_head, slot_stride, BLOCK_SIZE, HEAD_DIM, WIDE
         )
+    if NEWEST:
+        wait_for_earlier(CHAINED)
 
     rows = tl.arange(0, ROWS)
     of_group = head_tile * HEADS + rows
@@ -346,10 +332,10 @@ def _decode(
             found = v_new * total[:, None]
 
     step = num_parts * COLUMNS
-    for tile in tl.range(begin, stop, step, num_stages=1 if SPLIT else STAGES):
+    for tile in tl.range(begin, stop, step, num_stages=STAGES):
         key = tile + tl.arange(0, COLUMNS)
         held = key < stop
-        if not SPLIT:
+        if not AHEAD:
             k_tile, v_tile = load_tiles(
                 keys, values, key, held, block, dims, kv_head, slot_stride, BLOCK_SIZE, HEAD_DIM, WIDE
             )
@@ -375,7 +361,7 @@ def _decode(
         scores = tl.where(held[None, :], scores, float("-inf"))
         largest, total, found = absorb(scores, factor, v_tile, largest, total, found)
         next_key = key + step
-        if not SPLIT:
+        if not AHEAD:
             # The blocks of the next tile are known before its turn.
             block = tl.load(block_row + blocks_of(next_key, BLOCK_SIZE), mask=next_key < stop, other=0)
         elif tile + step < stop:

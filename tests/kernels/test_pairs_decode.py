@@ -17,6 +17,7 @@ import torch
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.attention import paged_attention
+from headrace.kernels.ops.decode_tiles import decode_tiles
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
 from headrace.kernels.ops.self_attention import rotate_and_attend
 from headrace.kernels.spec import AttentionSpec, RotarySpec
@@ -39,9 +40,11 @@ LENS = {
 GPU_LENS = {"long": [(1, 9000)], "many": [(1, 700), (1, 1), (1, 1000), (1, 64), (1, 65), (1, 4097), (1, 300), (1, 2)]}
 LENS |= GPU_LENS
 
-# (heads, kv heads, head dim, pairs that turn): no groups, of 2, 4, 8 and all; several tiles of heads, not all full.
-HEADS = [(4, 4, 16, 8), (4, 2, 64, 16), (8, 1, 40, 20), (20, 1, 16, 0)]
+# (heads, kv heads, head dim, pairs that turn): no groups, of 2, 4, 8 and all; several tiles of heads, not all full; so
+# many that tiles go through shared memory, with contexts in parts and whole.
+HEADS = [(4, 4, 16, 8), (4, 2, 64, 16), (8, 1, 40, 20), (20, 1, 16, 0), (10, 10, 16, 8)]
 GPU_HEADS = [(32, 8, 128, 64), (32, 8, 64, 32), (25, 25, 64, 0), (16, 8, 256, 128), (71, 1, 64, 32), (32, 4, 96, 48)]
+GPU_HEADS += [(40, 40, 128, 64), (32, 16, 128, 64), (16, 16, 256, 0), (40, 40, 64, 32)]
 
 
 # Who attends to another text caches nothing of its own.
@@ -153,12 +156,11 @@ def test_what_is_not_a_number_stays_in_its_own_sequence(kernels: Kernels, case):
 
 
 @pytest.mark.parametrize(
-    ("programs", "capacity", "expected"), [(8, 131072, 32), (8, 128, 2), (64, 131072, 4), (300, 131072, 1), (1, 1, 1)]
+    ("programs", "capacity", "expected"),
+    [(8, 131072, 32), (8, 128, 2), (64, 131072, 4), (128, 131072, 4), (300, 131072, 1), (1, 1, 1)],
 )
 def test_contexts_are_cut_to_fill_a_gpu_but_no_finer_than_their_tiles(programs, capacity, expected):
-    from headrace.kernels.ops.decode_triton import num_splits
-
-    assert num_splits(programs, capacity, columns=64) == expected
+    assert decode_tiles(2, 128, 4, programs, capacity).splits == expected
 
 
 # ------------------------------------------------------------------------------------------------------- only on a GPU
@@ -174,7 +176,7 @@ def test_a_captured_decode_serves_contexts_of_any_length(kernels: Kernels, seque
     keys, values = torch.randn(2, (num_blocks + 1) * size, 8, 128).half().to(kernels.device)
     tables = torch.randperm(num_blocks).view(sequences, -1).int()
     lens = torch.full((sequences,), most)
-    batch = make_batch([(1, 1)] * sequences, block_size=size, num_blocks=8)
+    batch = make_batch([(1, 1)] * sequences, block_size=size, num_blocks=8, rows=[0] * sequences)
     batch = dataclasses.replace(
         batch,
         context_lens=lens.int(),
