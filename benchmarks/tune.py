@@ -34,14 +34,14 @@ _WITH_HEADS = {"BertModel": "BertForMaskedLM"}
 _GEMV_DEPTHS = [(256, 1), (512, 2), (1024, 4), (2048, 8), (512, 1), (2048, 4)]
 # By the most rows for which they are tried: rows of the weight, depth, warps and stages.
 _SKINNY = {
-    16: [(64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3)],
-    64: [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 8, 3)],
-    128: [(64, 128, 4, 3), (128, 64, 8, 4), (64, 64, 4, 4)],
+    16: [(64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (32, 256, 4, 4), (16, 256, 4, 4)],
+    64: [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 8, 3), (32, 128, 4, 4), (16, 128, 4, 4)],
+    128: [(64, 128, 4, 3), (128, 64, 8, 4), (64, 64, 4, 4), (32, 128, 8, 4), (32, 64, 8, 6), (16, 128, 8, 4)],
 }
 _SKINNY_GATED = {
-    16: [(64, 128, 4, 3), (64, 64, 4, 5)],
-    64: [(64, 64, 4, 4), (64, 128, 4, 3)],
-    128: [(64, 64, 8, 3)],
+    16: [(64, 128, 4, 3), (64, 64, 4, 5), (32, 128, 4, 4)],
+    64: [(64, 64, 4, 4), (64, 128, 4, 3), (32, 128, 4, 3)],
+    128: [(64, 64, 8, 3), (32, 64, 8, 4)],
 }
 _WEIGHT_BYTES = 2.2e9  # of which weights are cut; a head may take most of it
 _MOST_COPIES = 24
@@ -137,9 +137,10 @@ def candidates_of(found: Product, rows: int) -> Iterator[Candidate]:
         limit = next(limit for limit in _SKINNY if rows <= limit)
         for block_n, block_k, warps, stages in (_SKINNY_GATED if found.gated else _SKINNY)[limit]:
             tiles = -(-found.n // block_n)
-            wanted = {max(1, min(8, each * processors // tiles)) for each in (1, 2)}
+            wanted = {max(1, min(8, int(each * processors / tiles))) for each in (0.5, 1, 2)}
             for splits in sorted({whole_splits(found.k, block_k, count) for count in wanted}):
-                yield Candidate(found, rows, Tiles("skinny", block_n, block_k, warps, stages, splits))
+                for early in (False, True):
+                    yield Candidate(found, rows, Tiles("skinny", block_n, block_k, warps, stages, splits, early))
 
 
 def _grouped(candidates: list[Candidate]) -> Iterable[list[Candidate]]:

@@ -77,6 +77,7 @@ class Tiles:
         warps: of a program.
         stages: tiles in flight.
         splits: parts of the depth that are programs of their own.
+        early: whether a program's first tile of the weight is fetched before the kernel before is done (skinny).
     """
 
     kernel: Literal["gemv", "skinny", "torch"]
@@ -85,6 +86,7 @@ class Tiles:
     warps: int = 0
     stages: int = 1
     splits: int = 1
+    early: bool = False
 
 
 def row_bucket(rows: int) -> int:
@@ -163,5 +165,5 @@ def parse_table(table: dict[str, Any]) -> dict[LinearShape, Tiles]:
     found = {}
     for row in table["linear"]:
         shape = LinearShape(**{field: row[field] for field in LinearShape.__slots__})
-        found[shape] = Tiles(**{field: row[field] for field in Tiles.__slots__})
+        found[shape] = Tiles(**{field: row[field] for field in Tiles.__slots__ if field in row})
     return found

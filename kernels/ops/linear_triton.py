@@ -200,6 +200,7 @@ def _skinny(
         ROWS=rows,
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
+        EARLY=tiles.early,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **chained(x.device),

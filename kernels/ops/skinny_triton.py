@@ -1,8 +1,10 @@
 """The kernel of products of up to 128 rows with a 16-bit weight, on tensor cores.
 
-The weight is what a tensor core takes 64 rows of, so it stands on the left: few rows of x fill its right side. Where
-tiles of columns are too few for a GPU, the depth is cut into parts; the last program of a tile to be done adds them up,
-in their order, so that the result does not depend on who that is.
+A tensor core takes 64 rows of what stands on its left, so that is the weight: few rows of x fill its right side. Tiles
+of fewer than 64 columns, for many rows of x, have the weight on the right. A program's first tile of the weight may be
+fetched while the kernel before is still running, to be multiplied last; programs that begin later lose time by that.
+Where tiles of columns are too few for a GPU, the depth is cut into parts; the last program of a tile to be done adds
+them up, in their order, so that the result does not depend on who that is.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -39,6 +41,7 @@ def skinny(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Columns BLOCK_N of the product of up to ROWS rows, or a part of their depth."""
     let_next_begin(CHAINED)
@@ -49,20 +52,31 @@ def skinny(
     gate = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # past the end, the last one again
     rows = x + m.to(tl.int64)[:, None] * x_stride
     inside = (m < num_rows)[:, None]
-    value = tl.zeros((BLOCK_N, ROWS), tl.float32)
-    other = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    ON_THE_RIGHT: tl.constexpr = BLOCK_N < 64
+    value = tl.zeros((ROWS, BLOCK_N) if ON_THE_RIGHT else (BLOCK_N, ROWS), tl.float32)
+    other = value
     held = n < N
     of_gate = _column(bias, n, held)
     of_up = _column(bias, N + n, held) if GATED else of_gate
-    wait_for_earlier(CHAINED)
     begin = tl.program_id(1) * SHARE
-    for at in range(begin, tl.minimum(begin + SHARE, K), BLOCK_K):
-        right = tl.load(rows + (at + k)[None, :], mask=inside & (at + k < K)[None, :], other=0.0).T
-        if WIDE:
-            right = right.to(tl.float32)
-        value = tl.dot(_tile(gate, at + k, K, BLOCK_K, WIDE), right, value)
+    PARTIAL: tl.constexpr = K % BLOCK_K != 0 or SHARE * (SPLITS - 1) >= K  # tiles, or whole parts, past the end
+    if EARLY:
+        first = _tile(gate, begin + k, K, PARTIAL, WIDE)
+        first_up = _tile(gate + N * K, begin + k, K, PARTIAL, WIDE) if GATED else first
+    wait_for_earlier(CHAINED)
+    for at in range(begin + (BLOCK_K if EARLY else 0), tl.minimum(begin + SHARE, K), BLOCK_K):
+        some = _some(rows, at + k, inside, K, WIDE)
+        value = _added(value, _tile(gate, at + k, K, PARTIAL, WIDE), some, ON_THE_RIGHT)
         if GATED:
-            other = tl.dot(_tile(gate + N * K, at + k, K, BLOCK_K, WIDE), right, other)
+            other = _added(other, _tile(gate + N * K, at + k, K, PARTIAL, WIDE), some, ON_THE_RIGHT)
+    if EARLY:
+        some = _some(rows, begin + k, inside, K, WIDE)
+        value = _added(value, first, some, ON_THE_RIGHT)
+        if GATED:
+            other = _added(other, first_up, some, ON_THE_RIGHT)
+    if ON_THE_RIGHT:
+        value = tl.trans(value)
+        other = tl.trans(other)
 
     if SPLITS > 1:
         place = tl.arange(0, BLOCK_N)[:, None] * ROWS + m[None, :]
@@ -93,13 +107,23 @@ def skinny(
 
 
 @triton.jit
-def _tile(rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+def _tile(rows, k, K: tl.constexpr, PARTIAL: tl.constexpr, WIDE: tl.constexpr):
     """Rows of the weight, as tensor cores take them."""
-    if K % BLOCK_K == 0:
-        tile = tl.load(rows + k[None, :])
-    else:
-        tile = tl.load(rows + k[None, :], mask=(k < K)[None, :], other=0.0)
+    tile = tl.load(rows + k[None, :], mask=(k < K)[None, :], other=0.0) if PARTIAL else tl.load(rows + k[None, :])
     return tile.to(tl.float32) if WIDE else tile
+
+
+@triton.jit
+def _some(rows, k, inside, K: tl.constexpr, WIDE: tl.constexpr):
+    """A part of all rows of x."""
+    some = tl.load(rows + k[None, :], mask=inside & (k < K)[None, :], other=0.0)
+    return some.to(tl.float32) if WIDE else some
+
+
+@triton.jit
+def _added(sums, tile, rows, ON_THE_RIGHT: tl.constexpr):
+    """Sums with the products of a tile of the weight and rows of x, both along their depth."""
+    return tl.dot(rows, tl.trans(tile), sums) if ON_THE_RIGHT else tl.dot(tile, tl.trans(rows), sums)
 
 
 @triton.jit

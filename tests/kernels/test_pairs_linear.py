@@ -150,8 +150,15 @@ def compute_with(kernels: Kernels, tiles: Tiles, given: dict) -> torch.Tensor:
 
 
 @cases(
-    [(Tiles("gemv", 4, 256, 1), 2), (Tiles("gemv", 8, 1024, 4), 4), (Tiles("skinny", 32, 64, 4, 3, 3), 2)],
-    [(Tiles("gemv", 16, 512, 2), 1), (Tiles("skinny", 128, 128, 8, 3, 8), 64), (Tiles("torch"), 3)],
+    [
+        *[(Tiles("gemv", 4, 256, 1), 2), (Tiles("gemv", 8, 1024, 4), 4), (Tiles("skinny", 32, 64, 4, 3, 3), 2)],
+        *[(Tiles("skinny", 64, 64, 4, 3, 3, early=True), 5), (Tiles("skinny", 16, 128, 4, 3, 8, early=True), 70)],
+    ],
+    [
+        *[(Tiles("gemv", 16, 512, 2), 1), (Tiles("skinny", 128, 128, 8, 3, 8), 64), (Tiles("torch"), 3)],
+        *[(Tiles("skinny", 16, 128, 8, 4, 2, early=True), 128), (Tiles("skinny", 32, 64, 8, 6, 1), 128)],
+        *[(Tiles("skinny", 64, 128, 4, 4, 2, early=True), 16), (Tiles("skinny", 32, 256, 4, 4, 1, early=True), 16)],
+    ],
 )
 def test_tiles_make_no_difference(kernels: Kernels, case):
     tiles, rows = case
