@@ -11,6 +11,7 @@ from headrace.kernels.kv import KVCache
 from headrace.kernels.linear import Linear
 from headrace.kernels.mlp import Experts
 from headrace.kernels.norm import Norm
+from headrace.kernels.ops.embedding import embed
 from headrace.kernels.ops.rotary import rotary_table
 from headrace.kernels.spec import EncoderSpec, LayerSpec, ModelSpec, RotarySpec
 
@@ -113,7 +114,7 @@ class Model(nn.Module):
     def encoded(self, batch: Batch) -> Tensor:
         """The encoder's states [T, hidden] of sources."""
         assert self.encoder is not None, "the model has no encoder"
-        states: Tensor = self.encoder(self.embedding(batch.token_ids), batch)
+        states: Tensor = self.encoder(embed(batch.token_ids, self.embedding.weight), batch)
         return states
 
     def remember(self, states: Tensor, slots: Tensor, cache: KVCache) -> None:
@@ -177,18 +178,24 @@ class Model(nn.Module):
         return tuple(self._tables.values())
 
     def _embed(self, batch: Batch) -> Tensor:
-        spec = self.spec.embedding
-        x: Tensor = self.embedding(batch.token_ids)
-        if spec.scale != 1.0:
-            x = x * self._embedding_scale
+        positions = self.spec.embedding.positions
+        position_table = None if self.positions is None else self.positions.weight
+        projected = self.embedding_in is not None
+        x = embed(
+            batch.token_ids,
+            self.embedding.weight,
+            scale=self._embedding_scale,
+            positions=batch.positions,
+            position_table=None if projected else position_table,
+            offset=0 if positions is None else positions.offset,
+            segments=batch.token_types,
+            segment_table=None if self.token_types is None else self.token_types.weight,
+        )
         if self.embedding_in is not None:
+            assert self.token_types is None, "segments are not projected"
             x = self.embedding_in(x)
-        if self.positions is not None:
-            assert spec.positions is not None
-            x = x + self.positions(batch.positions + spec.positions.offset)
-        if self.token_types is not None:
-            types = torch.zeros_like(batch.token_ids) if batch.token_types is None else batch.token_types
-            x = x + self.token_types(types)
+            if positions is not None and position_table is not None:
+                x = x + embed(batch.positions + positions.offset, position_table)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         return x

@@ -68,6 +68,7 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "choose",
         "count",
         "edit",
+        "embed",
         "experts",
         "full_attention",
         "linear",
