@@ -16,7 +16,8 @@ from headrace.scripts.terminal import table
 
 __all__ = ["PHASES", "Report", "Row", "amount", "read_report", "report_lines", "span", "verdict"]
 
-PHASES = ("imports", "model", "weights", "memory", "kernels", "graphs", "broker", "first_token")  # of a start
+# Of a start.
+PHASES = ("imports", "model", "weights", "compile", "memory", "kernels", "graphs", "broker", "first_token")
 _VERSION = 1
 _CASE = {
     "batch": "batch",

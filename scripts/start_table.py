@@ -11,6 +11,7 @@ _NAMES = {
     "imports": "python and imports",
     "model": "config and device",
     "weights": "reading weights",
+    "compile": "compiling kernels",
     "memory": "sizing the cache",
     "kernels": "warming up",
     "graphs": "CUDA graphs",
@@ -34,4 +35,6 @@ def _counted(phase: Phase) -> str:
             return f"{size(phase.amount)}{rate}"
         case "memory":
             return f"{phase.amount:,} tokens"
+        case "compile":
+            return f"{phase.amount:,}, {phase.threads:,} at a time"
     return f"{phase.amount:,}"

@@ -142,6 +142,20 @@ class EncoderEngine:
         finds everything in place; `told` hears "kernels"."""
         assert not self._queue, "warm up before taking texts on"
         told("kernels")
+        if self._runner.on_gpu:
+            self._runner.compile_ahead(self._rehearse)
+        self._compute_examples()
+        if self.config.cuda_graphs and self._runner.on_gpu:
+            told("graphs")
+            self._runner.capture()
+        self._compiled = compilations()
+
+    def _rehearse(self) -> None:
+        self._compute_examples()
+        if self.config.cuda_graphs:
+            self._runner.rehearse_capture()
+
+    def _compute_examples(self) -> None:
         longest = self.card.max_model_len
         tokens = array("I", (index % self.card.vocab_size for index in range(longest)))
         for length in lengths_up_to(longest) if self._runner.on_gpu else (longest,):
@@ -152,10 +166,6 @@ class EncoderEngine:
                 self._runner.run([text] * min(3, self.max_num_seqs))
         if FILL_MASK in self.card.tasks:
             self._runner.run([Text(tokens=tokens[:1], masks=(0,), top=1)])
-        if self.config.cuda_graphs and self._runner.on_gpu:
-            told("graphs")
-            self._runner.capture()
-        self._compiled = compilations()
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""

@@ -126,6 +126,13 @@ class TextGraphs:
             step.fill((), size)
             self._graphs[size] = captured(partial(step.compute, size), pool)
 
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Do as `capture`, in a rehearsal: nothing is captured."""
+        for size in self.sizes:
+            self._step.fill((), size)
+            self._step.compute(size)
+
     def size_for(self, texts: Sequence[array[int]]) -> tuple[int, int] | None:
         """The smallest size that holds the texts, if one does."""
         num_tokens = sum(map(len, texts))

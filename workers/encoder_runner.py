@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from headrace.tasks import PoolingParams
 from headrace.workers.batch import whole_texts
 from headrace.workers.device import upload
 from headrace.workers.encoder_graphs import StaticTexts, TextGraphs, sizes_of_batches
+from headrace.workers.parallel_compile import compile_ahead
+from headrace.workers.rehearsal import rehearsing
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
@@ -80,7 +83,9 @@ class EncoderRunner:
     def capture(self) -> None:
         """Make graphs of steps of all sizes; call it when nothing runs. Without room for them there are none."""
         try:
-            self._graphs = self._captured()
+            graphs = self._new_graphs()
+            graphs.capture()
+            self._graphs = graphs
         except torch.OutOfMemoryError as error:
             logger.warning(
                 "There is no memory for CUDA graphs (%s); steps are computed without them, which is slower. Lower "
@@ -88,7 +93,18 @@ class EncoderRunner:
                 str(error).partition("\n")[0],
             )
 
-    def _captured(self) -> TextGraphs:
+    def compile_ahead(self, compute: Callable[[], None]) -> int:
+        """Compile with many threads what a function launches by this runner, before it is called for its results; the
+        number of kernels."""
+        with rehearsing(self._model):
+            return compile_ahead(compute, self._device)
+
+    def rehearse_capture(self) -> None:
+        """Do as `capture`, in a rehearsal."""
+        with suppress(torch.OutOfMemoryError):
+            self._new_graphs().rehearse()
+
+    def _new_graphs(self) -> TextGraphs:
         self._model.reserve_positions(self._max_model_len)
         step = StaticTexts(
             lambda batch: self._model.hidden(batch, None),
@@ -97,9 +113,7 @@ class EncoderRunner:
             max_model_len=self._max_model_len,
             device=self._device,
         )
-        graphs = TextGraphs(step, sizes_of_batches(self._max_tokens, self._max_texts))
-        graphs.capture()
-        return graphs
+        return TextGraphs(step, sizes_of_batches(self._max_tokens, self._max_texts))
 
     @torch.inference_mode()
     def run(self, texts: Sequence[Text]) -> list[Items | None]:

@@ -19,6 +19,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.card import ModelCard
@@ -87,16 +88,8 @@ class Engine:
         self.config = config
         self.max_num_seqs = config.max_num_seqs
         self.kv_tokens = blocks * config.block_size
-        self._scheduler = Scheduler(
-            num_blocks=blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_batch_tokens=config.max_batch_tokens,
-            max_model_len=max_model_len,
-            # What a decoder with an encoder computes depends on more than its own tokens.
-            prefix_cache=config.prefix_cache and model.spec.encoder is None,
-            salt=card.fingerprint.encode(),
-        )
+        # What a decoder with an encoder computes depends on more than its own tokens.
+        self._scheduler = self._new_scheduler(prefix_cache=config.prefix_cache and model.spec.encoder is None)
         self._runner = Runner(
             model,
             num_blocks=blocks,
@@ -209,6 +202,7 @@ class Engine:
         on_gpu = self._runner.on_gpu
         has_graphs = self.config.cuda_graphs and on_gpu
         told("graphs" if has_graphs else "kernels")
+        self._compile_examples(has_graphs)
         self._compute_examples(everything=False)
         if has_graphs:
             self._runner.capture()
@@ -218,6 +212,29 @@ class Engine:
         self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
         self._runner.forget_replays()
         self._compiled = compilations()
+
+    def compile_ahead(self, compute: Callable[[], None]) -> int:
+        """Compile with many threads what a function needs that adds streams and computes them to their ends, before it
+        is called for their sake; the number of kernels. On a CPU there are none."""
+        assert not self._sequences, "compile before taking streams on"
+        if not self._runner.on_gpu:
+            return 0
+        # One of its own: blocks that nobody filled are not to be found by anybody.
+        served, self._scheduler = self._scheduler, self._new_scheduler(prefix_cache=False)
+        try:
+            return self._runner.compile_ahead(compute)
+        finally:
+            self._scheduler = served
+
+    def _compile_examples(self, has_graphs: bool) -> None:
+        # If what a small text needs was kept by an earlier start, so was the rest.
+        if self.compile_ahead(partial(self._compute_examples, everything=False)):
+            self.compile_ahead(partial(self._rehearse, has_graphs))
+
+    def _rehearse(self, has_graphs: bool) -> None:
+        if has_graphs:
+            self._runner.rehearse_capture()
+        self._compute_examples(everything=True)
 
     def _compute_examples(self, *, everything: bool) -> None:
         sources = self._start_token is not None
@@ -252,6 +269,17 @@ class Engine:
         assert sorted(held) == sorted(map(id, self._scheduler)), "engine and scheduler hold different sequences"
 
     # ---------------------------------------------------------------------------------------------------- details
+
+    def _new_scheduler(self, *, prefix_cache: bool) -> Scheduler:
+        return Scheduler(
+            num_blocks=self.kv_tokens // self.config.block_size,
+            block_size=self.config.block_size,
+            max_num_seqs=self.config.max_num_seqs,
+            max_batch_tokens=self.config.max_batch_tokens,
+            max_model_len=self.card.max_model_len,
+            prefix_cache=prefix_cache,
+            salt=self.card.fingerprint.encode(),
+        )
 
     def _sequence(self, assignment: Assignment, now: float) -> Sequence:
         if assignment.task != GENERATE:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Computed",
     "DeviceTables",
+    "RehearsedGraphs",
     "Standing",
     "StaticDecodes",
     "StaticPrompts",
@@ -361,3 +362,18 @@ class StepGraphs:
         graph, computed = self._graphs[kind, size]
         graph.replay()
         return computed
+
+
+class RehearsedGraphs(StepGraphs):
+    """As graphs, in a rehearsal: nothing is captured, so that a replay computes."""
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Compute all of them once."""
+        for kind in self._kinds:
+            for size in kind.sizes:
+                kind.fill((), size)
+                kind.compute(size)
+
+    def _replay(self, kind: StaticStep, size: int) -> Computed:
+        return kind.compute(size)

@@ -8,7 +8,8 @@ that it compiles are those that serve.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -159,16 +160,24 @@ def _dry_run(model: Model, card: ModelCard, config: EngineConfig, device: torch.
     engine = Engine(model, card, small, start_token=start_token)
     cache = (blocks + 2) * KVCache.bytes_per_block(model.spec, size, model.embedding.weight.dtype)
     peaks = []
-    for count, length in ((rows, share), (1, longest)):
+    loads = ((rows, share), (1, longest))
+    engine.compile_ahead(partial(_compute, engine, loads))
+    for load in loads:
         torch.cuda.reset_peak_memory_stats(device)
-        for assignment in _prompts(count, length, card.vocab_size):
-            engine.add(assignment, 0.0)
-        while engine.has_work:
-            engine.step(0.0)
+        _compute(engine, (load,))
         peaks.append(torch.cuda.max_memory_allocated(device) - before - cache)
     del engine
     torch.cuda.empty_cache()
     return max(peaks)
+
+
+def _compute(engine: Engine, loads: Iterable[tuple[int, int]]) -> None:
+    """So many texts of one length together, for each load."""
+    for count, length in loads:
+        for assignment in _prompts(count, length, engine.card.vocab_size):
+            engine.add(assignment, 0.0)
+        while engine.has_work:
+            engine.step(0.0)
 
 
 def _prompts(count: int, length: int, vocab: int) -> Iterator[Assignment]:

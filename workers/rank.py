@@ -26,9 +26,10 @@ from headrace.processes import Parent, parent
 from headrace.workers.early import begin_early
 from headrace.workers.group import ENGINE, GroupSpec
 from headrace.workers.leader_loop import LeaderLoop
+from headrace.workers.parallel_compile import compiled_ahead
 from headrace.workers.plan import PlanWriter, follow
 from headrace.workers.rank_threads import use_threads
-from headrace.workers.start_report import StartClock
+from headrace.workers.start_report import Phase, StartClock
 
 __all__ = ["run_rank"]
 
@@ -116,7 +117,7 @@ def _load(group: GroupSpec, launcher: Parent, clock: StartClock) -> Any:
         load = _imported(group.engine)
         clock.end("imports")
         engine = load(Path(group.folder), group.config, name=group.model_name, progress=progress)
-        clock.end("memory", engine.kv_tokens)
+        _end(clock, "memory", engine.kv_tokens)
         return engine
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "headrace":
@@ -138,10 +139,17 @@ def _warm_up(engine: Any, clock: StartClock) -> None:
 
     def end() -> None:
         phase = under_way.pop()
-        clock.end(phase, engine.load_gauges().get(phase, 0))
+        _end(clock, phase, engine.load_gauges().get(phase, 0))
 
     engine.warm_up(told)
     end()
+
+
+def _end(clock: StartClock, name: str, amount: int) -> None:
+    """A phase is over in which kernels may have been compiled ahead: that is a phase of its own."""
+    ahead = compiled_ahead()
+    clock.within(Phase(name="compile", seconds=ahead.seconds, amount=ahead.kernels, threads=ahead.threads))
+    clock.end(name, amount)
 
 
 def _imported(path: str) -> Any:

@@ -8,6 +8,8 @@ known here yet from the device.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +18,17 @@ import torch
 from headrace.kernels.kv import KVCache
 from headrace.workers.batch import BatchBuilder
 from headrace.workers.device import upload
-from headrace.workers.graphs import DeviceTables, Standing, StaticDecodes, StaticPrompts, StaticStep, StepGraphs
+from headrace.workers.graphs import (
+    DeviceTables,
+    RehearsedGraphs,
+    Standing,
+    StaticDecodes,
+    StaticPrompts,
+    StaticStep,
+    StepGraphs,
+)
+from headrace.workers.parallel_compile import compile_ahead
+from headrace.workers.rehearsal import rehearsing
 from headrace.workers.sampler import Choices, Sampler
 from headrace.workers.scheduler import Plan
 
@@ -90,6 +102,24 @@ class Runner:
                 "--kv-tokens or --max-num-seqs.",
                 str(error).partition("\n")[0],
             )
+
+    def compile_ahead(self, compute: Callable[[], None]) -> int:
+        """Compile with many threads what a function launches by this runner, before it is called for its results; the
+        number of kernels."""
+        device = self._sampler.last_tokens.device
+        graphs = self._graphs
+        try:
+            with rehearsing(self.model):
+                return compile_ahead(compute, device)
+        finally:
+            self._graphs = graphs
+
+    def rehearse_capture(self) -> None:
+        """Do as `capture`, in a rehearsal."""
+        with suppress(torch.OutOfMemoryError):
+            graphs = RehearsedGraphs(self.static_steps())
+            graphs.capture()
+            self._graphs = graphs
 
     def static_steps(self) -> list[StaticStep]:
         """The kinds of steps that can become graphs."""

@@ -3,6 +3,7 @@
 imports   of Python and of the libraries, since the launcher started the process
 model     its config and headers, and the GPU's context
 weights   read from the files to where they stay
+compile   kernels, by many threads, whenever that was: it is taken out of the phases it was needed in
 memory    the dry run of the largest step, and the KV cache
 kernels   warming up
 graphs    captured
@@ -30,11 +31,13 @@ class Phase:
         name: one of those above.
         seconds: that it took.
         amount: bytes of weights, tokens of the cache, kernels, graphs; 0 if nothing was counted.
+        threads: that shared the work; 0 if they were not counted.
     """
 
     name: str
     seconds: float
     amount: int = 0
+    threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class StartReport:
 
     def to_wire(self) -> list[list[Any]]:
         """Plain values, for the pipe to the launcher."""
-        return [[phase.name, phase.seconds, phase.amount] for phase in self.phases]
+        return [[phase.name, phase.seconds, phase.amount, phase.threads] for phase in self.phases]
 
     @classmethod
     def from_wire(cls, message: Mapping[str, Any]) -> StartReport:
@@ -63,8 +66,10 @@ class StartReport:
         found = []
         for entry in phases[:_MOST] if isinstance(phases, list) else ():
             match entry:
-                case [str(name), float() | int() as seconds, int(amount)] if 0 <= seconds < math.inf and amount >= 0:
-                    found.append(Phase(name=name[:20], seconds=float(seconds), amount=amount))
+                case [str(name), float() | int() as seconds, int(amount), int(threads)] if (
+                    0 <= seconds < math.inf and amount >= 0 and threads >= 0
+                ):
+                    found.append(Phase(name=name[:20], seconds=float(seconds), amount=amount, threads=threads))
         return cls(tuple(found))
 
     def __str__(self) -> str:
@@ -90,6 +95,16 @@ class StartClock:
         now = self._clock()
         self._phases.append(Phase(name=name, seconds=max(0.0, now - self._since), amount=amount))
         self._since = now
+
+    def within(self, phase: Phase) -> None:
+        """The phase under way held another, which is told apart: all of its kind so far, in one place."""
+        places = [place for place, known in enumerate(self._phases) if known.name == phase.name]
+        before = self._phases[places[0]].seconds if places else 0.0
+        self._since += phase.seconds - before
+        if places:
+            self._phases[places[0]] = phase
+        elif phase.seconds:
+            self._phases.append(phase)
 
     def report(self) -> StartReport:
         """All phases that ended."""

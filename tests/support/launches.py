@@ -23,8 +23,11 @@ Key = tuple[Any, ...]
 
 
 @contextmanager
-def noted_launches() -> Iterator[set[Key]]:
-    """What was compiled so far: a key of each kernel and all that it was compiled for. Needs TRITON_INTERPRET=1."""
+def noted_launches(*, computed: bool = True) -> Iterator[set[Key]]:
+    """What was compiled so far: a key of each kernel and all that it was compiled for. Needs TRITON_INTERPRET=1.
+
+    `computed`: whether references compute what kernels would; otherwise their results stay as they were allocated.
+    """
     from triton.runtime.interpreter import InterpretedFunction
 
     keys: set[Key] = set()
@@ -34,7 +37,7 @@ def noted_launches() -> Iterator[set[Key]]:
 
     with (
         patch.object(InterpretedFunction, "run", run),
-        patch.object(pair, "_kernel", _noting),
+        patch.object(pair, "_kernel", _noting if computed else pair._kernel),
         pair.kernels_on_cpu(),
     ):
         yield keys
@@ -47,7 +50,8 @@ def _noting(module: str, name: str) -> Callable[..., Any]:
 
     def op(*args: Any, **kwargs: Any) -> Any:
         kernel(*args, **kwargs)
-        return reference(*args, **kwargs)
+        with patch.object(pair, "_on_cpu", False):  # the ops that a reference is made of launch nothing
+            return reference(*args, **kwargs)
 
     return op
 
