@@ -36,5 +36,5 @@ def _counted(phase: Phase) -> str:
         case "memory":
             return f"{phase.amount:,} tokens"
         case "compile":
-            return f"{phase.amount:,}, {phase.threads:,} at a time"
+            return f"{phase.amount:,} by {phase.threads:,} threads"
     return f"{phase.amount:,}"

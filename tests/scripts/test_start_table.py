@@ -38,6 +38,14 @@ def test_phases_with_what_was_counted_and_the_sum():
     ]
 
 
+def test_kernels_with_the_threads_that_compiled_them():
+    def line(amount, threads):
+        return start_table(StartReport((Phase(name="compile", seconds=4.21, amount=amount, threads=threads),)))[0]
+
+    assert line(78, 16) == "  compiling kernels       4.2 s  78 by 16 threads"
+    assert line(0, 0) == "  compiling kernels       4.2 s"
+
+
 def test_the_widest_line_fits_a_terminal():
     lines = start_table(report(("x" * 20, 99_999.9, 10**12), ("weights", 99_999.9, 10**14), ("memory", 0.0, 10**10)))
     assert max(map(len, lines)) < 80

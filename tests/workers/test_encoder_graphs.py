@@ -106,7 +106,7 @@ def test_without_room_for_graphs_texts_are_read_without(folder, monkeypatch, cap
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(EncoderRunner, "on_gpu", True)
-    monkeypatch.setattr(EncoderRunner, "_captured", no_room)
+    monkeypatch.setattr(TextGraphs, "capture", no_room)
     engine.warm_up()
     assert "no memory for CUDA graphs (CUDA out of memory" in caplog.text
     assert 0 in results(engine, TEXTS)

@@ -145,6 +145,21 @@ def test_the_dry_run_leaves_nothing_behind(loaded, gpu, monkeypatch):
         gc.enable()
 
 
+def test_steps_are_compiled_before_they_are_measured(loaded, gpu, monkeypatch):
+    gpu(10_000 * MIB)
+    events = []
+
+    def compile_ahead(engine, compute):
+        compute()
+        assert not engine.has_work
+        events.append(f"compiled {engine.steps > 2}")
+
+    monkeypatch.setattr(Engine, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append("measured"))
+    sized(loaded, GpuMemory(total=10_000 * MIB, held=0, utilization=0.9))
+    assert events == ["compiled True", "measured", "measured"]
+
+
 def test_what_steps_take_can_make_it_too_much(loaded, gpu):
     memory = gpu(100 * MIB)
     before = memory(GPU, 0.9)

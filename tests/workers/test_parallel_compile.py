@@ -5,11 +5,14 @@ Where this process interprets kernels, Triton cannot compile: another process ru
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,13 +36,13 @@ CPU = torch.device("cpu")
 OPTIONS = {"enable_fp_fusion": True, "launch_pdl": True}
 
 
-def _scale(x, out, factor, SIZE: tl.constexpr):
-    place = tl.arange(0, SIZE)
+def _scale(x, out, factor, size: tl.constexpr):
+    place = tl.arange(0, size)
     tl.store(out + place, tl.load(x + place) * factor)
 
 
-def _broken(x, SIZE: tl.constexpr):
-    tl.static_assert(SIZE == 0, "there is no such size")
+def _broken(x, size: tl.constexpr):
+    tl.static_assert(size == 0, "there is no such size")
     tl.store(x, 1.0)
 
 
@@ -62,8 +65,8 @@ def launches(kernel):
         for _ in range(3):
             for dtype in (torch.float32, torch.bfloat16):
                 x = torch.zeros(128, dtype=dtype)
-                for size, factor in ((64, 3), (64, 5), (128, 32)):
-                    kernel[(1,)](x, torch.empty_like(x), factor, SIZE=size, num_warps=2, **OPTIONS)
+                for width, factor in ((64, 3), (64, 5), (128, 32)):
+                    kernel[(1,)](x, torch.empty_like(x), factor, size=width, num_warps=2, **OPTIONS)
 
     return steps
 
@@ -77,7 +80,7 @@ def test_all_of_this_in_a_process_that_compiles():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "12 passed, 1 skipped" in ran.stdout
+    assert "13 passed, 1 skipped" in ran.stdout
 
 
 @compiled
@@ -124,16 +127,16 @@ def test_what_cannot_be_compiled_fails_where_it_is_launched(gpu):
     x = torch.zeros(64)
 
     def steps():
-        broken[(1,)](x, SIZE=64, **OPTIONS)
-        kernel[(1,)](x, x, 3, SIZE=64, **OPTIONS)
+        broken[(1,)](x, size=64, **OPTIONS)
+        kernel[(1,)](x, x, 3, size=64, **OPTIONS)
 
     with pytest.raises(triton.CompilationError) as expected:
-        JITFunction(_broken)[(1,)](x, SIZE=64, **OPTIONS)
+        JITFunction(_broken)[(1,)](x, size=64, **OPTIONS)
     assert compile_ahead(steps, CPU) == 1
     with pytest.raises(triton.CompilationError) as error:
         steps()
     assert str(error.value) == str(expected.value)
-    kernel[(1,)](x, x, 3, SIZE=64, **OPTIONS)
+    kernel[(1,)](x, x, 3, size=64, **OPTIONS)
     assert gpu.launched == ["_scale"]
 
 
@@ -142,9 +145,9 @@ def test_what_cannot_be_loaded_fails_where_it_is_launched(gpu):
     gpu.most_threads = 32
     kernel = JITFunction(_scale)
     x = torch.zeros(64)
-    compile_ahead(lambda: kernel[(1,)](x, x, 3, SIZE=64, num_warps=2, **OPTIONS), CPU)
+    compile_ahead(lambda: kernel[(1,)](x, x, 3, size=64, num_warps=2, **OPTIONS), CPU)
     with pytest.raises(triton.OutOfResources, match="threads"):
-        kernel[(1,)](x, x, 3, SIZE=64, num_warps=2, **OPTIONS)
+        kernel[(1,)](x, x, 3, size=64, num_warps=2, **OPTIONS)
 
 
 @compiled
@@ -161,6 +164,20 @@ def test_a_rehearsal_that_fails_leaves_nothing_behind(gpu):
     assert triton.knobs.compilation.listener is None
     steps()
     assert len(gpu.launched) == 18
+
+
+@compiled
+def test_what_was_rehearsed_is_free_at_once(gpu):
+    """A rehearsal before the cache is sized has a cache, which would be counted if it waited for the collector."""
+    kernel, x = JITFunction(_scale), torch.zeros(64)
+    held = weakref.ref(x)
+    gc.disable()
+    try:
+        compile_ahead(partial(kernel[(1,)], x, x, 3, size=64, **OPTIONS), CPU)
+        del x
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @compiled

@@ -6,7 +6,8 @@ import os
 
 from headrace.addresses import cache_dir
 from headrace.workers import rank
-from headrace.workers.start_report import StartClock
+from headrace.workers.parallel_compile import Ahead
+from headrace.workers.start_report import Phase, StartClock
 
 
 def test_kernels_are_kept_with_the_models(monkeypatch):
@@ -45,3 +46,13 @@ def test_warming_up_is_timed_phase_by_phase():
 
     assert phases_of("graphs", "kernels", times=(2.0, 5.0)) == [("graphs", 2.0, 11), ("kernels", 3.0, 0)]
     assert phases_of("kernels", times=(2.0,)) == [("kernels", 2.0, 0)]
+
+
+def test_what_was_compiled_ahead_is_a_phase_of_its_own(monkeypatch):
+    monkeypatch.setattr(rank, "compiled_ahead", lambda: Ahead(seconds=1.5, kernels=60, threads=4))
+    clock = StartClock(0.0, clock=lambda: 2.0)
+    rank._warm_up(Engine("kernels"), clock)
+    assert clock.report().phases == (
+        Phase(name="compile", seconds=1.5, amount=60, threads=4),
+        Phase(name="kernels", seconds=0.5),
+    )
