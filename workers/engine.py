@@ -34,6 +34,7 @@ from headrace.sampling import SamplingParams
 from headrace.tasks import GENERATE
 from headrace.workers.compilations import compilations
 from headrace.workers.config import EngineConfig
+from headrace.workers.parallel_compile import compiled_ahead
 from headrace.workers.runner import Runner
 from headrace.workers.sampler import Choice, Choices
 from headrace.workers.scheduler import Filled, Plan, Scheduler
@@ -227,11 +228,12 @@ class Engine:
             self._scheduler = served
 
     def _compile_examples(self, has_graphs: bool) -> None:
-        # If what a small text needs was kept by an earlier start, so was the rest.
-        if self.compile_ahead(partial(self._compute_examples, everything=False)):
+        # Where sizing the cache had nothing to compile, and a small text has not either, an earlier start has kept all.
+        if compiled_ahead().kernels or self.compile_ahead(partial(self._compute_examples, everything=False)):
             self.compile_ahead(partial(self._rehearse, has_graphs))
 
     def _rehearse(self, has_graphs: bool) -> None:
+        self._compute_examples(everything=False)
         if has_graphs:
             self._runner.rehearse_capture()
         self._compute_examples(everything=True)

@@ -14,12 +14,14 @@ from headrace.kernels.model import Model
 from headrace.kernels.ops import pair
 from headrace.messages import unpack_tokens
 from headrace.workers import encoder_runner, runner
+from headrace.workers import engine as engine_module
 from headrace.workers.config import EngineConfig
 from headrace.workers.encoder_graphs import TextGraphs
 from headrace.workers.encoder_runner import EncoderRunner
 from headrace.workers.engine import Engine
 from headrace.workers.engines import load_engine
 from headrace.workers.graphs import RehearsedGraphs
+from headrace.workers.parallel_compile import Ahead
 from headrace.workers.rehearsal import _enough, _Zeros, rehearsing
 from headrace.workers.runner import Runner
 from headrace.workers.warmup import examples
@@ -130,6 +132,24 @@ def _first_texts(engine, count):
     """Those that are rehearsed, of a block and more."""
     streams = (stream for [stream, *_] in examples(engine.card, engine.config, sources=False, everything=True))
     return list(islice((stream for stream in streams if len(stream.prompt) > 4 * 20), count))
+
+
+@pytest.mark.parametrize(
+    ("sizing", "small", "expected"),
+    [(0, 0, ["_compute_examples"]), (0, 9, ["_compute_examples", "_rehearse"]), (5, 9, ["_rehearse"])],
+)
+def test_where_an_earlier_start_kept_all_it_is_short(tmp_path, monkeypatch, sizing, small, expected):
+    """Known from what sizing the cache, or else a small text, had to compile."""
+    made = []
+
+    def compile_ahead(rehearse, device):
+        made.append(rehearse.func.__name__)
+        return small
+
+    monkeypatch.setattr(runner, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(engine_module, "compiled_ahead", lambda: Ahead(kernels=sizing))
+    save(tmp_path, "llama")._compile_examples(True)
+    assert made == expected
 
 
 def test_one_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
