@@ -79,6 +79,7 @@ def examples(card: ModelCard, config: EngineConfig, *, sources: bool, everything
     for length in lengths_up_to(budget):
         yield [make(length, max_tokens=1)]
     if sources:  # answers are as long as prompts are elsewhere
+        yield [make(budget + 1, max_tokens=1)]  # read in one piece, and by no graph
         for length in lengths_up_to(min(config.max_batch_tokens, card.max_model_len)):
             yield [make(3, answered=length)]
     for options in _OPTIONS:
@@ -89,6 +90,10 @@ def examples(card: ModelCard, config: EngineConfig, *, sources: bool, everything
     for count in sorted({min(count, config.max_num_seqs) for count in (2, 5, 17, 65, 129, config.max_num_seqs)}):
         for context in (1, 100, budget) if count not in (65, 129) else (100,):
             yield from _mixed(make, count, min(context, longest), budget)
+    # A decode beside what an encoder-decoder computes of an answer only if a stream gave way or comes from elsewhere;
+    # and both so short that one program attends to all of a context.
+    for answered in (1, 100):
+        yield [make(1), make(3, answered=answered)]
 
 
 def _mixed(make: _Maker, count: int, context: int, budget: int) -> Iterator[list[Assignment]]:

@@ -110,7 +110,7 @@ def attend(
         NUM_HEADS=spec.num_heads,
         GROUP=group,
         HEAD_DIM=spec.head_dim,
-        BLOCK_SIZE=batch.block_size,
+        BLOCK_SIZE=batch.block_size if paged else 1,  # so that whole texts are one kernel, wherever they come from
         MAX_DISTANCE=0 if spec.relative is None else spec.relative.max_distance,
         PAGED=paged,
         CAUSAL=spec.causal,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -44,27 +45,40 @@ def noted_launches(*, computed: bool = True) -> Iterator[set[Key]]:
 
 
 def _noting(module: str, name: str) -> Callable[..., Any]:
-    """An op that launches its kernels, which only notes it, and computes by its reference."""
+    """An op that launches its kernels, which only notes it, and computes by its reference.
+
+    Ops that a reference is made of are no launches. It comes first: PyTorch's parts of a kernel may write over inputs.
+    """
     kernel = getattr(import_module(f"{module}_triton"), name)
     reference = getattr(import_module(module), name).__wrapped__
 
     def op(*args: Any, **kwargs: Any) -> Any:
+        with patch.object(pair, "_on_cpu", False):
+            result = reference(*args, **kwargs)
         kernel(*args, **kwargs)
-        with patch.object(pair, "_on_cpu", False):  # the ops that a reference is made of launch nothing
-            return reference(*args, **kwargs)
+        return result
 
     return op
 
 
 def _key(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
-    names = inspect.signature(kernel.fn).parameters
-    given = dict(zip(names, args, strict=False)) | kwargs
-    plain = kernel.kwargs.get("do_not_specialize") or ()
+    kinds = _kinds(kernel)
+    given = dict(zip(kinds, args, strict=False)) | kwargs
     parts: list[Any] = [kernel.fn.__module__, kernel.fn.__qualname__]
     for name, value in given.items():
-        constant = name not in names or "constexpr" in str(names[name].annotation)
-        parts.append((name, value if constant else _specialized(value, name in plain)))
+        kind = kinds.get(name, "constant")  # or an option
+        parts.append((name, value if kind == "constant" else _specialized(value, kind == "plain")))
     return tuple(parts)
+
+
+@cache
+def _kinds(kernel: Any) -> dict[str, str]:
+    """What each argument of a kernel is: constant, plain, which is any number, or special."""
+    plain = kernel.kwargs.get("do_not_specialize") or ()
+    return {
+        name: "constant" if "constexpr" in str(argument.annotation) else "plain" if name in plain else "special"
+        for name, argument in inspect.signature(kernel.fn).parameters.items()
+    }
 
 
 def _specialized(value: Any, plain: bool) -> Any:

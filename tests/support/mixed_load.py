@@ -1,4 +1,5 @@
-"""A load of everything at once: prompts of many lengths, every setting of a sampler, cancels, and too few blocks."""
+"""A load of everything at once: prompts of many lengths, every setting of a sampler, answers that were begun elsewhere,
+cancels, and too few blocks."""
 
 from __future__ import annotations
 
@@ -10,23 +11,42 @@ from headrace.messages import Assignment, StreamId, pack_tokens
 from headrace.workers.engine import Engine
 from headrace.workers.warmup import _OPTIONS
 
-__all__ = ["MIXED_LOAD_CONFIG", "run_mixed_load"]
+__all__ = ["MIXED_LOAD_CONFIG", "MIXED_LOAD_FAMILIES", "run_mixed_load"]
+
+MIXED_LOAD_FAMILIES = ["llama", "qwen2-tied", "gpt2", "gemma2", "bloom", "mixtral", "t5"]
 
 # So few blocks that streams give way to others.
 MIXED_LOAD_CONFIG: dict[str, Any] = {"kv_tokens": 1600, "max_num_seqs": 20, "max_batch_tokens": 300}
+_BEGUN = 0.2  # of the answers
 _LENGTHS = (1, 2, 3, 7, 16, 17, 31, 64, 65, 100, 129, 250, 300, 400)
 
 
 def run_mixed_load(
-    engine: Engine, *, requests: int = 150, seed: int = 7, watch: Callable[[Assignment], None] = lambda asked: None
+    engine: Engine,
+    *,
+    requests: int = 150,
+    longest: int = 400,
+    seed: int = 7,
+    watch: Callable[[Assignment], None] = lambda asked: None,
 ) -> None:
-    """Feed an engine that has room for 512 tokens a text, and wait until all is done; `watch` is called in between."""
+    """Feed an engine that has room for 512 tokens a text, and wait until all is done.
+
+    Args:
+        engine: that is fed.
+        requests: how many.
+        longest: most tokens of a prompt; answers are no longer than that either.
+        seed: of all choices.
+        watch: is called in between.
+    """
     chance = random.Random(seed)
+    lengths = [length for length in _LENGTHS if length <= longest]
     for number in range(requests):
-        length = chance.choice(_LENGTHS)
-        prompt = pack_tokens(chance.randrange(engine.card.vocab_size) for _ in range(length))
-        sampling = _options(chance) | {"max_tokens": chance.randint(2, min(512 - length, 110)), "ignore_eos": True}
-        asked = Assignment(request=b"%d" % number, choice=0, attempt=0, prompt=prompt, sampling=sampling)
+        length = chance.choice(lengths)
+        prompt = _tokens(engine, chance, length)
+        most = chance.randint(2, min(512 - length, 110, longest))
+        sampling = _options(chance) | {"max_tokens": most, "ignore_eos": True}
+        begun = _tokens(engine, chance, chance.randrange(most) if chance.random() < _BEGUN else 0)
+        asked = Assignment(request=b"%d" % number, choice=0, attempt=0, prompt=prompt, output=begun, sampling=sampling)
         engine.add(asked, 0.0)
         for _ in range(chance.choice((0, 0, 1, 3, 30))):
             engine.step(0.0)
@@ -36,6 +56,10 @@ def run_mixed_load(
     while engine.has_work:
         engine.step(0.0)
     engine.validate()
+
+
+def _tokens(engine: Engine, chance: random.Random, count: int) -> bytes:
+    return pack_tokens(chance.randrange(engine.card.vocab_size) for _ in range(count))
 
 
 def _options(chance: random.Random) -> dict[str, Any]:

@@ -8,12 +8,10 @@ import torch
 from headrace.messages import Assignment, pack_tokens
 from headrace.workers.config import EngineConfig
 from headrace.workers.engines import load_engine
-from tests.support.mixed_load import MIXED_LOAD_CONFIG, run_mixed_load
+from tests.support.mixed_load import MIXED_LOAD_CONFIG, MIXED_LOAD_FAMILIES, run_mixed_load
 from tests.support.tiny_models import save_model, save_t5
 
 pytestmark = pytest.mark.gpu
-
-FAMILIES = ["llama", "qwen2-tied", "gpt2", "gemma2", "bloom", "mixtral", "t5"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +21,7 @@ def _gpu():
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXED_LOAD_FAMILIES)
 def test_nothing_is_compiled_once_it_is_ready(tmp_path, family, graphs):
     (save_t5 if family == "t5" else save_model)(tmp_path, family)
     engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG, cuda_graphs=graphs))
