@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from headrace.card import ModelCard
+from headrace.kernels.tuning import MOST_ROWS
 from headrace.messages import Assignment, pack_tokens
 from headrace.workers.config import EngineConfig
 
@@ -78,8 +79,12 @@ def examples(card: ModelCard, config: EngineConfig, *, sources: bool, everything
     budget = max(1, min(config.max_batch_tokens, longest))
     for length in lengths_up_to(budget):
         yield [make(length, max_tokens=1)]
-    if sources:  # answers are as long as prompts are elsewhere
-        yield [make(budget + 1, max_tokens=1)]  # read in one piece, and by no graph
+    if sources:
+        # A source is read in one piece, also if it exceeds the budget, which no graph does.
+        for length in lengths_up_to(min(max(budget, MOST_ROWS) + 1, longest)):
+            if length > budget:
+                yield [make(length, max_tokens=1)]
+        # Answers are as long as prompts are elsewhere.
         for length in lengths_up_to(min(config.max_batch_tokens, card.max_model_len)):
             yield [make(3, answered=length)]
     for options in _OPTIONS:

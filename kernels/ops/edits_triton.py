@@ -73,7 +73,7 @@ def _edit(
     tl.store(edited + index * vocab + token, value, mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])  # whose alignment depends on the number of rows
 def _edit_few(
     logits, stride, vocab, penalties, seen, rows, positions, biased, biases, limits, width, edited,
     TILE: tl.constexpr, CHAINED: tl.constexpr,

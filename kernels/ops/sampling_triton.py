@@ -55,6 +55,10 @@ _FEW = 512  # as many as a row mostly lists: two a thread
 _MANY = 2048
 _DECIDING_WARPS = 8
 
+# Arguments of which a program reads one value. They are rows of one tensor, so that their alignment depends on the
+# number of sequences, which shall not be a reason to compile a kernel twice.
+_SETTINGS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "choices", "positions"]
+
 
 def choose(logits: Tensor, rows: SamplingRows | None = None) -> Tensor:
     """As `headrace.kernels.ops.sampling.choose`."""
@@ -143,7 +147,7 @@ def _join(peaks, peak_tokens, tokens, parts, PARTS: tl.constexpr, CHAINED: tl.co
     tl.store(tokens + row, token.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SETTINGS)
 def _count(
     logits,
     stride,
@@ -183,7 +187,7 @@ def _count(
             tl.store(masses + row * parts + tl.program_id(1), tl.sum(mass, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SETTINGS)
 def _narrow(
     logits,
     stride,
@@ -282,7 +286,7 @@ def _narrow(
             tl.store(sure_masses + part, tl.sum(tl.sum(mass, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SETTINGS)
 def _decide(
     logits,
     stride,

@@ -1,7 +1,8 @@
 """What kernels would be compiled for, found out on a CPU: launches are noted instead of made, references compute.
 
 Triton compiles a kernel anew for every set of constants and options, and for whether a number is 1 or a multiple of 16
-and an address a multiple of 16 bytes. Here the interpreter's kernels stand for the compiled ones.
+and an address a multiple of 16 bytes, unless the kernel does without. Here the interpreter's kernels stand for the
+compiled ones.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def _specialized(value: Any, plain: bool) -> Any:
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), value.data_ptr() % 16 == 0
-    if isinstance(value, float):
-        return "float"
+        return str(value.dtype), plain or value.data_ptr() % 16 == 0
+    if isinstance(value, bool | float):
+        return type(value).__name__
     wide = abs(int(value)) >= 1 << 31
     return (wide,) if plain else (wide, value == 1, value % 16 == 0)

@@ -20,11 +20,11 @@ def _gpu():
         pytest.skip("needs a CUDA GPU")
 
 
-@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize(("graphs", "dtype"), [(True, "bfloat16"), (False, "bfloat16"), (False, "float32")])
 @pytest.mark.parametrize("family", MIXED_LOAD_FAMILIES)
-def test_nothing_is_compiled_once_it_is_ready(tmp_path, family, graphs):
+def test_nothing_is_compiled_once_it_is_ready(tmp_path, family, graphs, dtype):
     (save_t5 if family == "t5" else save_model)(tmp_path, family)
-    engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG, cuda_graphs=graphs))
+    engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG, cuda_graphs=graphs, dtype=dtype))
     engine.warm_up()
     ready = engine.load_gauges()
     assert ready["compilations"] == 0
