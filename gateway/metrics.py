@@ -140,7 +140,7 @@ _LOAD = {
     "prefix_queries": ("prefix_cache_queries", True, "Prompt tokens looked up in the prefix cache."),
     "prefix_hits": ("prefix_cache_hits", True, "Prompt tokens found in the prefix cache."),
     "preemptions": ("num_preemptions", True, "Streams put back to make room."),
-    "graph_replays": ("graph_replays", True, "Steps computed by a CUDA graph."),
+    "graph_replays": ("graph_replays", True, "Steps computed, and batches of sources read, by a CUDA graph."),
     "compilations": ("compilations", True, "Kernels compiled since it was ready; more than 0 is a gap in warming up."),
 }
 # The gateway counts these per model under the plain names, for what passes through it.

@@ -85,17 +85,24 @@ class BatchBuilder:
         )
         return dataclasses.replace(batch, cross=cross)
 
-    def build_sources(self, sequences: Items[Sequence]) -> Batch:
-        """The batch that an encoder reads: whole sources, side by side."""
+    def place_sources(self, sequences: Items[Sequence]) -> np.ndarray:
+        """Slots [T] of the tokens of whole sources, side by side; from now on `build` knows where they are."""
         for sequence in sequences:
             self._source_tables.show(sequence.row, sequence.source_blocks)
+        lens = [len(sequence.source) for sequence in sequences]
+        rows = np.array([sequence.row for sequence in sequences])
+        positions = np.concatenate([np.arange(length) for length in lens])
+        return self._slots(self._source_tables, np.repeat(rows, lens), positions)
+
+    def build_sources(self, sequences: Items[Sequence]) -> Batch:
+        """The batch that an encoder reads: whole sources, side by side."""
+        slots = self.place_sources(sequences)
         lens = tuple(len(sequence.source) for sequence in sequences)
         rows = np.array([sequence.row for sequence in sequences])
         token_ids = np.concatenate([np.frombuffer(sequence.source, np.uint32) for sequence in sequences])
-        positions = np.concatenate([np.arange(length) for length in lens])
         return dataclasses.replace(
             whole_texts(self._tensor(token_ids.astype(np.int64)), lens),
-            slots=self._tensor(self._slots(self._source_tables, np.repeat(rows, lens), positions)),
+            slots=self._tensor(slots),
             block_tables=self._table(self._source_tables, rows, lens),
             block_size=self._block_size,
         )

@@ -26,7 +26,7 @@ class EngineConfig:
         prefix_cache: whether sequences share the KV of equal beginnings.
         dtype: of weights and KV; "auto" takes the checkpoint's.
         async_scheduling: whether a step is launched before the tokens of the last one are read; None does so on a GPU.
-        cuda_graphs: whether decode steps on a GPU are captured once and replayed; a CPU has none.
+        cuda_graphs: whether what a GPU computes is captured once and replayed, up to some size; a CPU has none.
         device: cpu, cuda or cuda:N; "auto" takes the first GPU if there is one.
 
     Raises:

@@ -1,8 +1,9 @@
 """Reading whole texts as CUDA graphs: one launch instead of hundreds, for every size of batch that is worth a graph.
 
-A graph computes at fixed addresses and for a fixed number of tokens and texts. The tokens of a batch, their positions
-and where the texts begin are copied there in one piece. What is left up to the graph's size is one more text, which
-belongs to nobody.
+The texts are those of an encoder, or the sources of an encoder-decoder, of which keys and values go to a cache. A graph
+computes at fixed addresses and for a fixed number of tokens and texts. The tokens of a batch, their positions, their
+slots and where the texts begin are copied there in one piece. What is left up to the graph's size is one more text,
+which belongs to nobody.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from headrace.kernels.batch import Batch
 from headrace.workers.device import captured, upload
 
-__all__ = ["StaticTexts", "TextGraphs", "sizes_of_batches"]
+__all__ = ["RehearsedTexts", "StaticTexts", "TextGraphs", "sizes_of_batches"]
 
 # Tokens of a graph: a step of so many costs about as much as one of the next size, until it is bound by its products.
 # Above the last they hide the launches.
@@ -40,11 +41,12 @@ class StaticTexts:
     """Texts at fixed addresses, and what is computed of them.
 
     Args:
-        states: hidden states [T, hidden] of a batch of whole texts.
+        states: what is computed of a batch of whole texts, mostly their hidden states [T, hidden].
         max_tokens: most tokens of a batch.
         max_texts: most texts of a batch.
         max_model_len: most tokens of one text.
         device: where.
+        spare_slot: of the cache, if there is one, where what belongs to nobody may go.
     """
 
     def __init__(
@@ -55,36 +57,44 @@ class StaticTexts:
         max_texts: int,
         max_model_len: int,
         device: torch.device,
+        spare_slot: int = 0,
     ) -> None:
         self._states = states
         self._max_model_len = max_model_len
-        # Tokens, positions, and where each text begins, one more than there may be, and where the last one ends.
-        self._inputs = torch.zeros(2 * max_tokens + max_texts + 2, dtype=torch.int64, device=device)
+        self._spare_slot = spare_slot
+        # Tokens, positions, slots, and where each text begins, one more than there may be, and where the last one ends.
+        self._inputs = torch.zeros(3 * max_tokens + max_texts + 2, dtype=torch.int64, device=device)
 
-    def fill(self, texts: Sequence[array[int]], size: tuple[int, int]) -> None:
-        """Write texts, filled up to a size of tokens and texts."""
+    def fill(
+        self, texts: Sequence[array[int]], size: tuple[int, int], slots: np.ndarray[Any, Any] | None = None
+    ) -> None:
+        """Write texts, filled up to a size of tokens and texts, and the slots of their tokens, if they have some."""
         num_tokens, num_texts = size
-        values = np.zeros(2 * num_tokens + num_texts + 2, dtype=np.int64)
-        tokens, positions, starts = self._parts(values, size)
+        values = np.zeros(3 * num_tokens + num_texts + 2, dtype=np.int64)
+        tokens, positions, places, starts = self._parts(values, size)
         ends = list(accumulate(len(text) for text in texts))
         for text, end in zip(texts, ends, strict=True):
             tokens[end - len(text) : end] = np.frombuffer(text, np.uint32)
             positions[end - len(text) : end] = np.arange(len(text))
+        used = ends[-1] if ends else 0
+        if slots is not None:
+            places[:used] = slots
+        places[used:] = self._spare_slot
         starts[1 : len(ends) + 1] = ends
-        starts[len(ends) + 1 : -1] = ends[-1] if ends else 0
+        starts[len(ends) + 1 : -1] = used
         starts[-1] = num_tokens
         self._inputs[: len(values)].copy_(upload(values, self._inputs.device), non_blocking=True)
 
     def compute(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """States [T, hidden] of what was written, and where the texts begin; nothing depends on the values."""
-        tokens, positions, starts = self._parts(self._inputs, size)
+        """What comes of what was written, and where the texts begin; nothing depends on the values."""
+        tokens, positions, slots, starts = self._parts(self._inputs, size)
         query_starts = starts.int()
         num_tokens, num_texts = size
         nothing = tokens[:0]
         batch = Batch(
             token_ids=tokens,
             positions=positions,
-            slots=nothing,
+            slots=slots,
             query_starts=query_starts,
             context_lens=query_starts.diff(),
             block_tables=torch.zeros(num_texts + 1, 1, dtype=torch.int32, device=tokens.device),
@@ -101,7 +111,8 @@ class StaticTexts:
         num_tokens, num_texts = size
         yield values[:num_tokens]
         yield values[num_tokens : 2 * num_tokens]
-        yield values[2 * num_tokens : 2 * num_tokens + num_texts + 2]
+        yield values[2 * num_tokens : 3 * num_tokens]
+        yield values[3 * num_tokens : 3 * num_tokens + num_texts + 2]
 
 
 class TextGraphs:
@@ -118,29 +129,37 @@ class TextGraphs:
         self._step = step
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture all of them, the largest first: the others find room in its memory."""
-        step, pool = self._step, torch.cuda.graph_pool_handle()
+    def capture(self, pool: Any = None) -> None:
+        """Capture all of them, the largest first: the others find room in its memory.
+
+        Args:
+            pool: of memory, of other graphs that never run at the same time; by default a new one.
+        """
+        step, pool = self._step, pool or torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
             step.fill((), size)
             self._graphs[size] = captured(partial(step.compute, size), pool)
-
-    @torch.inference_mode()
-    def rehearse(self) -> None:
-        """Do as `capture`, in a rehearsal: nothing is captured."""
-        for size in self.sizes:
-            self._step.fill((), size)
-            self._step.compute(size)
 
     def size_for(self, texts: Sequence[array[int]]) -> tuple[int, int] | None:
         """The smallest size that holds the texts, if one does."""
         num_tokens = sum(map(len, texts))
         return next((size for size in self.sizes if size[0] >= num_tokens and size[1] >= len(texts)), None)
 
-    def run(self, texts: Sequence[array[int]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """States [T, hidden] of texts and where they begin [S + 1]; the next batch overwrites them."""
-        self._step.fill(texts, size)
+    def run(
+        self, texts: Sequence[array[int]], size: tuple[int, int], slots: np.ndarray[Any, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """States [T, hidden] of texts and where they begin [S + 1]; the next batch overwrites them.
+
+        Args:
+            texts: of at most the size.
+            size: as `size_for` says.
+            slots: [T] of their tokens, if keys and values of them go to a cache.
+        """
+        self._step.fill(texts, size, slots)
         self.replays += 1
         states, starts = self._computed(size)
         return states[: sum(map(len, texts))], starts[: len(texts) + 1]
@@ -149,3 +168,17 @@ class TextGraphs:
         graph, computed = self._graphs[size]
         graph.replay()
         return computed
+
+
+class RehearsedTexts(TextGraphs):
+    """As graphs, in a rehearsal: nothing is captured, so that a replay computes."""
+
+    @torch.inference_mode()
+    def capture(self, pool: Any = None) -> None:
+        """Compute all of them once."""
+        for size in self.sizes:
+            self._step.fill((), size)
+            self._step.compute(size)
+
+    def _computed(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return self._step.compute(size)

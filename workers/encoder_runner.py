@@ -21,7 +21,7 @@ from headrace.messages import pack_tokens
 from headrace.tasks import PoolingParams
 from headrace.workers.batch import whole_texts
 from headrace.workers.device import upload
-from headrace.workers.encoder_graphs import StaticTexts, TextGraphs, sizes_of_batches
+from headrace.workers.encoder_graphs import RehearsedTexts, StaticTexts, TextGraphs, sizes_of_batches
 from headrace.workers.parallel_compile import compile_ahead
 from headrace.workers.rehearsal import rehearsing
 
@@ -83,7 +83,7 @@ class EncoderRunner:
     def capture(self) -> None:
         """Make graphs of steps of all sizes; call it when nothing runs. Without room for them there are none."""
         try:
-            graphs = self._new_graphs()
+            graphs = self._new_graphs(TextGraphs)
             graphs.capture()
             self._graphs = graphs
         except torch.OutOfMemoryError as error:
@@ -102,9 +102,9 @@ class EncoderRunner:
     def rehearse_capture(self) -> None:
         """Do as `capture`, in a rehearsal."""
         with suppress(torch.OutOfMemoryError):
-            self._new_graphs().rehearse()
+            self._new_graphs(RehearsedTexts).capture()
 
-    def _new_graphs(self) -> TextGraphs:
+    def _new_graphs(self, kind: type[TextGraphs]) -> TextGraphs:
         self._model.reserve_positions(self._max_model_len)
         step = StaticTexts(
             lambda batch: self._model.hidden(batch, None),
@@ -113,7 +113,7 @@ class EncoderRunner:
             max_model_len=self._max_model_len,
             device=self._device,
         )
-        return TextGraphs(step, sizes_of_batches(self._max_tokens, self._max_texts))
+        return kind(step, sizes_of_batches(self._max_tokens, self._max_texts))
 
     @torch.inference_mode()
     def run(self, texts: Sequence[Text]) -> list[Items | None]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -327,10 +327,12 @@ class StepGraphs:
         kinds: of steps; the first that takes a step computes it.
 
     Attributes:
+        pool: of their memory, once they are captured; graphs that never run at the same time may share it.
         replays: steps computed by a graph.
     """
 
     def __init__(self, kinds: Items[StaticStep]) -> None:
+        self.pool: Any = None
         self.replays = 0
         self._kinds = kinds
         self._graphs: dict[tuple[StaticStep, int], tuple[torch.cuda.CUDAGraph, Computed]] = {}
@@ -342,12 +344,12 @@ class StepGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture all of them, the largest first: the others find room in its memory."""
-        pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle()
         self._read = self._kinds[0].rotary_tables  # should the model ever have larger ones, graphs go on reading these
         for kind in reversed(self._kinds):
             for size in reversed(kind.sizes):
                 kind.fill((), size)
-                self._graphs[kind, size] = captured(partial(kind.compute, size), pool)
+                self._graphs[kind, size] = captured(partial(kind.compute, size), self.pool)
 
     def run(self, plan: Plan) -> Computed | None:
         """What comes of a step; None if no graph computes such a one."""

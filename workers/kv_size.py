@@ -21,6 +21,7 @@ from headrace.kernels.spec import ModelSpec
 from headrace.messages import Assignment, pack_tokens
 from headrace.workers.config import EngineConfig
 from headrace.workers.device import gpu_memory
+from headrace.workers.encoder_graphs import sizes_of_batches
 from headrace.workers.engine import Engine
 from headrace.workers.graphs import decode_sizes, prompt_sizes
 from headrace.workers.memory import (
@@ -141,6 +142,8 @@ def _graphs(spec: ModelSpec, config: EngineConfig, step: int) -> int:
     rows = list(decode_sizes(config.max_num_seqs))
     if spec.encoder is None:
         rows += [config.max_num_seqs] * len(prompt_sizes(config.max_batch_tokens))
+    else:  # whose graphs have no logits
+        rows += [0] * len(sizes_of_batches(config.max_batch_tokens, config.max_num_seqs))
     return graph_bytes(rows=rows, vocab=spec.vocab_size, step=step)
 
 

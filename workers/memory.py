@@ -5,7 +5,7 @@ can share a GPU with less each. It never counts on what other programs hold. Out
 
     weights      known from the files' headers, before anything is read
     workspace    the tensors of the largest step, and the tables of rows that stay
-    graphs       what captured steps keep to themselves
+    graphs       what captured steps, and captured sources, keep to themselves
     KV cache     the rest, as far as all sequences at full length can use it
 
 The workspace is estimated from the model's sizes, low, to refuse what cannot fit before gigabytes are read; the cache

@@ -8,8 +8,9 @@ known here yet from the device.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from headrace.kernels.kv import KVCache
 from headrace.workers.batch import BatchBuilder
 from headrace.workers.device import upload
+from headrace.workers.encoder_graphs import RehearsedTexts, StaticTexts, TextGraphs, sizes_of_batches
 from headrace.workers.graphs import (
     DeviceTables,
     RehearsedGraphs,
@@ -31,8 +33,12 @@ from headrace.workers.parallel_compile import compile_ahead
 from headrace.workers.rehearsal import rehearsing
 from headrace.workers.sampler import Choices, Sampler
 from headrace.workers.scheduler import Plan
+from headrace.workers.sequence import Sequence
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headrace.kernels.batch import Batch
     from headrace.kernels.model import Model
 
 __all__ = ["Runner"]
@@ -69,6 +75,7 @@ class Runner:
         self._max_batch_tokens = max_batch_tokens
         self._max_model_len = max_model_len
         self._graphs: StepGraphs | None = None
+        self._source_graphs: TextGraphs | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -77,42 +84,48 @@ class Runner:
 
     @property
     def num_replays(self) -> int:
-        """Steps computed by a graph."""
-        return 0 if self._graphs is None else self._graphs.replays
+        """Steps computed, and batches of sources read, by a graph."""
+        return sum(graphs.replays for graphs in self._all_graphs)
 
     def forget_replays(self) -> None:
         """Count them from here on."""
-        if self._graphs is not None:
-            self._graphs.replays = 0
+        for graphs in self._all_graphs:
+            graphs.replays = 0
 
     @property
     def num_graphs(self) -> int:
         """Sizes of batches that have a graph."""
-        return 0 if self._graphs is None else len(self._graphs)
+        return sum(map(len, self._all_graphs))
+
+    @property
+    def _all_graphs(self) -> list[StepGraphs | TextGraphs]:
+        return [graphs for graphs in (self._graphs, self._source_graphs) if graphs is not None]
 
     def capture(self) -> None:
-        """Make graphs of steps of all sizes; call it when nothing runs. Without room for them there are none."""
-        try:
+        """Make graphs of steps of all sizes, then of sources, if there are any; call it when nothing runs.
+
+        Those of a kind for which there is no room are left out.
+        """
+        with _room_for("steps"):
             graphs = StepGraphs(self.static_steps())
             graphs.capture()
             self._graphs = graphs
-        except torch.OutOfMemoryError as error:
-            logger.warning(
-                "There is no memory for CUDA graphs (%s); steps are computed without them, which is slower. Lower "
-                "--kv-tokens or --max-num-seqs.",
-                str(error).partition("\n")[0],
-            )
+        if self.model.spec.encoder is not None:
+            with _room_for("sources"):
+                sources = TextGraphs(self.static_sources(), self._source_sizes)
+                sources.capture(None if self._graphs is None else self._graphs.pool)
+                self._source_graphs = sources
 
     def compile_ahead(self, compute: Callable[[], None]) -> int:
         """Compile with many threads what a function launches by this runner, before it is called for its results; the
         number of kernels."""
         device = self._sampler.last_tokens.device
-        graphs = self._graphs
+        graphs = self._graphs, self._source_graphs
         try:
             with rehearsing(self.model):
                 return compile_ahead(compute, device)
         finally:
-            self._graphs = graphs
+            self._graphs, self._source_graphs = graphs
 
     def rehearse_capture(self) -> None:
         """Do as `capture`, in a rehearsal."""
@@ -120,6 +133,10 @@ class Runner:
             graphs = RehearsedGraphs(self.static_steps())
             graphs.capture()
             self._graphs = graphs
+            if self.model.spec.encoder is not None:
+                sources = RehearsedTexts(self.static_sources(), self._source_sizes)
+                sources.capture()
+                self._source_graphs = sources
 
     def static_steps(self) -> list[StaticStep]:
         """The kinds of steps that can become graphs."""
@@ -135,6 +152,26 @@ class Runner:
             return [StaticDecodes(standing, sources=self._device_tables())]
         return [StaticDecodes(standing), StaticPrompts(standing, self._max_batch_tokens)]
 
+    @property
+    def _source_sizes(self) -> list[tuple[int, int]]:
+        return sizes_of_batches(self._max_batch_tokens, self._num_rows)
+
+    def static_sources(self) -> StaticTexts:
+        """What an encoder reads for a decoder, in the form that can become graphs."""
+        return StaticTexts(
+            self._remembered,
+            max_tokens=self._max_batch_tokens,
+            max_texts=self._num_rows,
+            max_model_len=self._max_model_len,
+            device=self._sampler.last_tokens.device,
+            spare_slot=self.kv.scratch_block * self.kv.block_size,
+        )
+
+    def _remembered(self, batch: Batch) -> Tensor:
+        """Put what the decoder sees of sources into the cache; that is all, so a graph has nothing to keep."""
+        self.model.encode(batch, self.kv)
+        return batch.token_ids[:0]
+
     def _device_tables(self) -> DeviceTables:
         max_blocks = -(-self._max_model_len // self.kv.block_size)
         return DeviceTables(self._num_rows, max_blocks, self.kv.scratch_block, self._sampler.last_tokens.device)
@@ -143,7 +180,7 @@ class Runner:
     def launch(self, plan: Plan) -> Choices:
         """Start a step; it chooses a token for each chunk that reaches the end of what its sequence knows."""
         if plan.encodes:
-            self.model.encode(self._builder.build_sources(plan.encodes), self.kv)
+            self._read_sources(plan.encodes)
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         computed = None if self._graphs is None else self._graphs.run(plan)
         if computed is None:
@@ -153,3 +190,25 @@ class Runner:
             those = np.flatnonzero([chunk.samples for chunk in plan.chunks])
             logits, tokens = (rows.index_select(0, upload(those, rows.device)) for rows in (logits, tokens))
         return self._sampler.choose(logits, sampling, tokens)
+
+    def _read_sources(self, sequences: Items[Sequence]) -> None:
+        """Let the encoder read the sources of sequences that begin."""
+        texts, graphs = [sequence.source for sequence in sequences], self._source_graphs
+        if graphs is not None and (size := graphs.size_for(texts)) is not None:
+            graphs.run(texts, size, self._builder.place_sources(sequences))
+        else:
+            self.model.encode(self._builder.build_sources(sequences), self.kv)
+
+
+@contextmanager
+def _room_for(what: str) -> Iterator[None]:
+    """Go on without graphs if there is no memory for them."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        logger.warning(
+            "There is no memory for CUDA graphs (%s); %s are computed without them, which is slower. Lower "
+            "--kv-tokens or --max-num-seqs.",
+            str(error).partition("\n")[0],
+            what,
+        )

@@ -16,7 +16,7 @@ from headrace.messages import unpack_tokens
 from headrace.workers import encoder_runner, runner
 from headrace.workers import engine as engine_module
 from headrace.workers.config import EngineConfig
-from headrace.workers.encoder_graphs import TextGraphs
+from headrace.workers.encoder_graphs import RehearsedTexts
 from headrace.workers.encoder_runner import EncoderRunner
 from headrace.workers.engine import Engine
 from headrace.workers.engines import load_engine
@@ -53,13 +53,26 @@ class Graphs(RehearsedGraphs):
             return super()._replay(kind, size)
 
 
+class Texts(RehearsedTexts):
+    """Likewise."""
+
+    def capture(self, pool=None):
+        with patch.object(pair, "_kernel", _KERNEL), _Zeros():
+            super().capture(pool)
+
+    def _computed(self, size):
+        with patch.object(pair, "_kernel", _KERNEL), _Zeros():
+            return super()._computed(size)
+
+
 @pytest.fixture(autouse=True)
 def _as_a_gpu(monkeypatch):
     """A CPU whose steps become graphs."""
     monkeypatch.setattr(Runner, "on_gpu", True)
     monkeypatch.setattr(EncoderRunner, "on_gpu", True)
     monkeypatch.setattr(runner, "StepGraphs", Graphs)
-    monkeypatch.setattr(TextGraphs, "capture", TextGraphs.rehearse)
+    for module in (runner, encoder_runner):
+        monkeypatch.setattr(module, "TextGraphs", Texts)
     monkeypatch.setattr(Model, "pack", lambda model: None)  # matrices as a GPU has them
 
 
