@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.linear import Linear
-from headrace.kernels.mlp import make_mlp
+from headrace.kernels.mlp import MLP, Experts, make_mlp
 from headrace.kernels.norm import Norm
 from headrace.kernels.ops.attention import paged_attention
 from headrace.kernels.ops.full_attention import full_attention
@@ -108,11 +108,14 @@ class Block(nn.Module):
 
     def fold(self) -> None:
         """Let norms be part of the products that read them, once all weights are there."""
+        products: list[tuple[nn.Module, Norm]] = []
         if self.spec.placement != "post" and not self.spec.residual_from_norm:
-            self.qkv.fold(self.attention_norm)
-            self.mlp.fold(self.mlp_norm or self.attention_norm)
+            products += [(self.qkv, self.attention_norm), (self.mlp, self.mlp_norm or self.attention_norm)]
         if self.cross is not None:
-            self.cross.query.fold(self.cross.norm)
+            products.append((self.cross.query, self.cross.norm))
+        for product, norm in products:
+            if isinstance(product, Linear | MLP | Experts):  # and nothing that an owner put in its place
+                product.fold(norm)
 
     def _entered(self, x: Tensor, norm: Norm) -> tuple[Tensor, NormWeights | None]:
         """What attention or feed-forward reads and carries on, and the norm that is left to be done when it is read."""

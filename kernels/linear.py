@@ -57,8 +57,14 @@ class Linear(nn.Module):
 
         What is packed belongs to a library, which has no such product.
         """
-        if not self.weight.is_mkldnn:
-            self._folded = fold_norm(self.weight, norm.weights)
+        if self.weight.is_mkldnn:
+            return
+        folded = fold_norm(self.weight, norm.weights)
+        if self._folded is None or folded is None or folded.device != self._folded.device:
+            self._folded = folded
+        else:
+            with torch.inference_mode():
+                self._folded.copy_(folded)  # there it stays: CUDA graphs read it
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -37,7 +37,8 @@ class MLP(nn.Module):
 
     def fold(self, norm: Norm) -> None:
         """Let the only norm that ever comes before be part of the product."""
-        self.up.fold(norm)
+        if isinstance(self.up, Linear):  # and nothing that an owner put in its place
+            self.up.fold(norm)
 
 
 class Experts(nn.Module):

@@ -152,11 +152,14 @@ class Model(nn.Module):
 
         A head that is the embedding may become a copy of it: of a packed matrix no row can be looked up.
         """
-        modules = list(self.modules())
-        for module in modules:
+        for module in list(self.modules()):
             if isinstance(module, Linear | Experts):
                 module.pack()
-        for module in modules:
+        self.fold()
+
+    def fold(self) -> None:
+        """Note what follows from the weights, once they are all there, and whenever they were changed."""
+        for module in self.modules():
             if isinstance(module, Block):
                 module.fold()
 
