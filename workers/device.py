@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +17,8 @@ from headrace.workers.memory import GpuMemory
 __all__ = ["Download", "captured", "gpu_memory", "pick_device", "upload"]
 
 R = TypeVar("R")
+
+_capturing = threading.Lock()  # a process captures one graph at a time
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -59,17 +63,28 @@ def captured(compute: Callable[[], R], pool: Any) -> tuple[torch.cuda.CUDAGraph,
 
     Args:
         compute: must read and write the same memory each time, and wait for nothing.
-        pool: of memory, which graphs that run one after the other may share.
+        pool: of memory, which graphs that run one after the other may share; None makes one.
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        compute()  # compiles, and lets libraries set themselves up
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        results = compute()
-    return graph, results
+    with _capturing:
+        before, stream = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            compute()  # compiles, and lets libraries set themselves up
+        before.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads of the program may use the GPU meanwhile; what they do is no part of it, and no error.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                results = compute()
+        finally:
+            torch.cuda.set_stream(before)  # torch forgets to if the capture fails
+        return graph, results
+
+
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """One for each GPU: libraries keep a workspace for every stream that they see."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
 class Download:

@@ -238,6 +238,14 @@ class Engine:
             self._runner.rehearse_capture()
         self._compute_examples(everything=True)
 
+    def capture_decodes(self, count: int) -> None:
+        """Have a graph of steps in which `count` streams get a token each; raises torch.OutOfMemoryError."""
+        self._runner.capture_decodes(min(count, self.max_num_seqs))
+
+    def drop_graphs(self) -> None:
+        """Free all graphs; steps are computed without."""
+        self._runner.drop_graphs()
+
     def _compute_examples(self, *, everything: bool) -> None:
         sources = self._start_token is not None
         for streams in examples(self.card, self.config, sources=sources, everything=everything):

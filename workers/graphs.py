@@ -153,6 +153,10 @@ class StaticStep(ABC):
     def size_for(self, chunks: Items[Chunk]) -> int | None:
         """The size that a step is filled up to, or None if it is of another kind or too large."""
 
+    def size_of(self, count: int) -> int | None:
+        """The smallest size that holds so many, or None."""
+        return next((size for size in self.sizes if size >= count), None)
+
     @abstractmethod
     def fill(self, chunks: Items[Chunk], size: int) -> None:
         """Write the inputs of a step, filled up to `size`."""
@@ -195,7 +199,7 @@ class StaticDecodes(StaticStep):
         """As `StaticStep.size_for`."""
         if not all(chunk.num_tokens == 1 and chunk.samples for chunk in chunks):
             return None
-        return next((size for size in self.sizes if size >= len(chunks)), None)
+        return self.size_of(len(chunks))
 
     def fill(self, chunks: Items[Chunk], size: int) -> None:
         """As `StaticStep.fill`."""
@@ -263,8 +267,7 @@ class StaticPrompts(StaticStep):
 
     def size_for(self, chunks: Items[Chunk]) -> int | None:
         """As `StaticStep.size_for`."""
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        return next((size for size in self.sizes if size >= num_tokens), None)
+        return self.size_of(sum(chunk.num_tokens for chunk in chunks))
 
     def fill(self, chunks: Items[Chunk], size: int) -> None:
         """As `StaticStep.fill`."""
@@ -321,10 +324,10 @@ class StaticPrompts(StaticStep):
 
 
 class StepGraphs:
-    """A graph for each size of each kind of step.
+    """Graphs of steps: of all sizes of all kinds, or of those that were asked for.
 
     Args:
-        kinds: of steps; the first that takes a step computes it.
+        kinds: of steps; the first that takes a step, and has a graph of its size, computes it.
 
     Attributes:
         pool: of their memory, once they are captured; graphs that never run at the same time may share it.
@@ -336,29 +339,42 @@ class StepGraphs:
         self.replays = 0
         self._kinds = kinds
         self._graphs: dict[tuple[StaticStep, int], tuple[torch.cuda.CUDAGraph, Computed]] = {}
-        self._read: tuple[Tensor, ...] = ()
+        self._read: set[Tensor] = set()
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    @torch.inference_mode()
     def capture(self) -> None:
         """Capture all of them, the largest first: the others find room in its memory."""
-        self.pool = torch.cuda.graph_pool_handle()
-        self._read = self._kinds[0].rotary_tables  # should the model ever have larger ones, graphs go on reading these
         for kind in reversed(self._kinds):
             for size in reversed(kind.sizes):
-                kind.fill((), size)
-                self._graphs[kind, size] = captured(partial(kind.compute, size), self.pool)
+                self._capture(kind, size)
+
+    def capture_for(self, count: int) -> None:
+        """Capture what steps of the first kind need that are as large as `count`, unless it is there."""
+        kind = self._kinds[0]
+        if (size := kind.size_of(count)) is not None and not self._has(kind, size):
+            self._capture(kind, size)
 
     def run(self, plan: Plan) -> Computed | None:
         """What comes of a step; None if no graph computes such a one."""
         for kind in self._kinds:
-            if (size := kind.size_for(plan.chunks)) is not None:
+            if (size := kind.size_for(plan.chunks)) is not None and self._has(kind, size):
                 kind.fill(plan.chunks, size)
                 self.replays += 1
                 return self._replay(kind, size)
         return None
+
+    def _has(self, kind: StaticStep, size: int) -> bool:
+        return (kind, size) in self._graphs
+
+    @torch.inference_mode()
+    def _capture(self, kind: StaticStep, size: int) -> None:
+        kind.fill((), size)
+        # Should the model ever have larger tables, this graph goes on reading these.
+        self._read.update(kind.rotary_tables)
+        graph, _ = self._graphs[kind, size] = captured(partial(kind.compute, size), self.pool)
+        self.pool = graph.pool()
 
     def _replay(self, kind: StaticStep, size: int) -> Computed:
         graph, computed = self._graphs[kind, size]
@@ -376,6 +392,9 @@ class RehearsedGraphs(StepGraphs):
             for size in kind.sizes:
                 kind.fill((), size)
                 kind.compute(size)
+
+    def _has(self, kind: StaticStep, size: int) -> bool:
+        return True
 
     def _replay(self, kind: StaticStep, size: int) -> Computed:
         return kind.compute(size)

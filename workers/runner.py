@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from headrace.kernels.kv import KVCache
 from headrace.workers.batch import BatchBuilder
@@ -32,12 +33,10 @@ from headrace.workers.graphs import (
 from headrace.workers.parallel_compile import compile_ahead
 from headrace.workers.rehearsal import rehearsing
 from headrace.workers.sampler import Choices, Sampler
-from headrace.workers.scheduler import Plan
+from headrace.workers.scheduler import Chunk, Plan
 from headrace.workers.sequence import Sequence
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from headrace.kernels.batch import Batch
     from headrace.kernels.model import Model
 
@@ -138,9 +137,36 @@ class Runner:
                 sources.capture()
                 self._source_graphs = sources
 
+    def capture_decodes(self, count: int) -> None:
+        """Have a graph of steps in which `count` sequences compute one token each; if there is none, it is captured.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for it; the others stay.
+        """
+        if self._graphs is None:
+            self._graphs = StepGraphs([self._static_decodes(self._standing())])
+        self._graphs.capture_for(count)
+
+    def drop_graphs(self) -> None:
+        """Free them and their memory: steps are computed without."""
+        if not self._all_graphs:
+            return
+        if self.on_gpu:
+            torch.cuda.synchronize(self.kv.layer(0)[0].device)  # one may be running
+        self._graphs = self._source_graphs = None
+        if self.on_gpu:
+            torch.cuda.empty_cache()  # what was theirs is of no use to torch
+
     def static_steps(self) -> list[StaticStep]:
         """The kinds of steps that can become graphs."""
-        standing = Standing(
+        standing = self._standing()
+        decodes = self._static_decodes(standing)
+        if self.model.spec.encoder is not None:
+            return [decodes]
+        return [decodes, StaticPrompts(standing, self._max_batch_tokens)]
+
+    def _standing(self) -> Standing:
+        return Standing(
             model=self.model,
             kv=self.kv,
             tables=self._device_tables(),
@@ -148,9 +174,9 @@ class Runner:
             num_rows=self._num_rows,
             max_model_len=self._max_model_len,
         )
-        if self.model.spec.encoder is not None:
-            return [StaticDecodes(standing, sources=self._device_tables())]
-        return [StaticDecodes(standing), StaticPrompts(standing, self._max_batch_tokens)]
+
+    def _static_decodes(self, standing: Standing) -> StaticDecodes:
+        return StaticDecodes(standing, self._device_tables() if self.model.spec.encoder is not None else None)
 
     @property
     def _source_sizes(self) -> list[tuple[int, int]]:
@@ -175,6 +201,23 @@ class Runner:
     def _device_tables(self) -> DeviceTables:
         max_blocks = -(-self._max_model_len // self.kv.block_size)
         return DeviceTables(self._num_rows, max_blocks, self.kv.scratch_block, self._sampler.last_tokens.device)
+
+    @torch.inference_mode()
+    def replay(self, sequences: Items[Sequence], tokens: Tensor) -> Tensor | None:
+        """Start a step of decodes whose tokens somebody else chooses, if there is a graph of it.
+
+        Args:
+            sequences: in the first rows, in this order; each expects a token, the one that is computed.
+            tokens: [sequences] int64 on the device, what they expect.
+
+        Returns:
+            Logits [sequences, vocab], which the next step overwrites; None if there is no such graph.
+        """
+        if self._graphs is None:
+            return None
+        self._sampler.last_tokens[: len(sequences)].copy_(tokens)
+        computed = self._graphs.run(Plan(tuple(Chunk(sequence, 1) for sequence in sequences)))
+        return None if computed is None else computed.logits[: len(sequences)]
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Choices:
