@@ -3,11 +3,14 @@ keeps every row apart."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.kernels.kv import KVCache
 from headrace.kernels.spec import AttentionSpec, EmbeddingSpec, HeadSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec
 from headrace.workers.inference.cache import BLOCK_SIZE, PagedCache
 
@@ -38,6 +41,7 @@ class Rows:
         self.columns: list[list[bool]] = []
         self.sources: list[list[float]] = []
         self.next = 1.0
+        self.shown = []
 
     def add_sources(self, mask):
         kv = self.cache.add_sources(torch.tensor(mask, dtype=torch.bool))
@@ -81,8 +85,16 @@ class Rows:
         self.rows = [row[: sum(columns)] for row, columns in zip(self.rows, self.columns, strict=True)]
         self.check()
 
+    def move(self, home):
+        self.cache.move(home)
+        assert self.cache.home is home
+        self.check()
+
     def check(self):
         self.cache.validate()
+        # Who shows a list to a device goes on from where it ended.
+        assert all(table[: len(before)] == before for table, before in self.shown)
+        self.shown = [(table, [*table]) for table in (*self.cache.tables, *self.cache.source_tables)]
         assert self.cache.get_seq_length() == (len(self.columns[0]) if self.columns else 0)
         assert self.cache.source_lens == [len(source) for source in self.sources]
         for numbers, tables in ((self.rows, self.cache.tables), (self.sources, self.cache.source_tables)):
@@ -131,6 +143,77 @@ def test_memory_is_taken_at_once_when_the_length_is_known():
     tensor = rows.cache.kv
     rows.extend(texts(10 * BLOCK_SIZE - 3, 7))
     assert rows.cache.kv is tensor
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_memory_for_the_expected_length_lasts_to_its_end(copies):
+    """It was taken again, and twice as much, in the last block: room for copies was wanted where nothing is shared."""
+    rows = Rows(expected_tokens=3 * BLOCK_SIZE)
+    rows.extend(texts(*[2 * BLOCK_SIZE - 2] * copies))
+    tensor = rows.cache.kv
+    for _ in range(BLOCK_SIZE + 2):
+        rows.extend(texts(*[1] * copies))
+        rows.select([0] * copies)
+    assert rows.cache.kv is tensor
+    assert rows.cache.lens == [3 * BLOCK_SIZE] * copies
+
+
+class Place:
+    """What a cache needs of a Home."""
+
+    def __init__(self, num_blocks):
+        self.kv = KVCache(SPEC, num_blocks, BLOCK_SIZE, torch.float64, torch.device("cpu"))
+        self.num_blocks = num_blocks
+
+
+def test_a_home_is_lived_in_until_it_is_too_small():
+    rows, place = Rows(), Place(4)
+    rows.move(place)
+    assert not rows.cache.is_initialized
+    rows.extend(texts(BLOCK_SIZE + 1, 3))
+    assert rows.cache.kv is place.kv
+    rows.extend(texts(BLOCK_SIZE + 3, 1))
+    assert rows.cache.home is place
+    rows.extend(texts(1, BLOCK_SIZE))
+    assert rows.cache.home is None
+    assert rows.cache.kv is not place.kv
+
+
+def test_what_does_not_fit_never_moves_in():
+    rows, place = Rows(), Place(1)
+    rows.move(place)
+    rows.extend(texts(BLOCK_SIZE + 1))
+    assert rows.cache.home is None
+
+
+def test_a_cache_that_is_reset_has_left_its_home():
+    rows, place = Rows(), Place(4)
+    rows.move(place)
+    rows.extend(texts(3))
+    rows.cache.reset()
+    assert (rows.cache.home, rows.cache.kv) == (None, None)
+
+
+def test_a_home_that_is_gone_leaves_its_memory():
+    rows, place = Rows(), Place(4)
+    rows.move(place)
+    rows.extend(texts(5, 2))
+    del place
+    assert rows.cache.home is None
+    rows.extend(texts(BLOCK_SIZE, BLOCK_SIZE))
+    rows.extend(texts(BLOCK_SIZE, 1))
+
+
+def test_a_copy_has_memory_of_its_own():
+    rows, place = Rows(), Place(4)
+    rows.move(place)
+    rows.extend(texts(5, 2))
+    other = copy.deepcopy(rows.cache)
+    assert (other.home, other.lens, other.tables) == (None, rows.cache.lens, rows.cache.tables)
+    rows.extend(texts(1, 1))
+    other.validate()
+    assert other.lens == [5, 2]
+    assert other.kv is not rows.cache.kv
 
 
 def test_rows_are_repeated_side_by_side():
@@ -211,17 +294,21 @@ def test_sources_outlive_the_text():
 @given(data=st.data())
 def test_any_history(data):
     rows = Rows(data.draw(st.sampled_from([None, 1, 40])))
+    places = []
     count = data.draw(st.integers(1, 3))
     if data.draw(st.booleans()):
         columns = data.draw(st.integers(1, 2 * BLOCK_SIZE + 1))
         rows.add_sources([data.draw(st.lists(st.booleans(), min_size=columns, max_size=columns)) for _ in range(count)])
     for _ in range(data.draw(st.integers(1, 8))):
-        action = data.draw(st.sampled_from(["extend", "extend", "select", "crop"])) if rows.rows else "extend"
+        action = data.draw(st.sampled_from(["extend", "extend", "select", "crop", "move"])) if rows.rows else "extend"
         if action == "extend":
             columns = data.draw(st.integers(1, 2 * BLOCK_SIZE + 1))
             rows.extend([data.draw(st.lists(st.booleans(), min_size=columns, max_size=columns)) for _ in range(count)])
         elif action == "select":
             rows.select(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=4)))
             count = len(rows.rows)
+        elif action == "move":
+            places.append(data.draw(st.sampled_from([None, Place(100)])))
+            rows.move(places[-1])
         else:
             rows.crop(data.draw(st.integers(0, 40)))
