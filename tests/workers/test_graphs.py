@@ -6,14 +6,21 @@ be captured is for a GPU to show.
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 
 from headrace.kernels.ops.pair import kernels_on_cpu
+from headrace.messages import StreamId
+from headrace.sampling import SamplingParams
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
 from headrace.workers.graphs import StaticDecodes, StepGraphs
+from headrace.workers.scheduler import Chunk, Plan
+from headrace.workers.sequence import Sequence
 from tests.support.engines import assign, generate, run
+from tests.support.graphs_on_cpu import Pretended
 from tests.support.kernels import Kernels
 from tests.support.tiny_models import save_model, save_t5
 
@@ -25,6 +32,9 @@ PROMPTS = [[5], list(range(60, 73)), [9, 9]]
 
 class _Computed(StepGraphs):
     """As graphs, without any: the same steps on the same tensors."""
+
+    def _has(self, kind, size):
+        return True
 
     def _replay(self, kind, size):
         with kernels_on_cpu():
@@ -127,6 +137,46 @@ def test_without_room_for_graphs_steps_are_computed_without(tmp_path, monkeypatc
     assert "no memory for CUDA graphs (CUDA out of memory" in caplog.text
     assert len(generate(engine, PROMPTS[:1], max_tokens=3)[0]) == 3
     assert engine.load_gauges()["graph_replays"] == 0
+
+
+def test_only_what_was_asked_for_is_captured(tmp_path, monkeypatch):
+    save_model(tmp_path)
+    expected = generate(load(tmp_path, max_model_len=32), PROMPTS, max_tokens=5)
+    pretended = Pretended(monkeypatch)
+    engine = load(tmp_path, max_model_len=32)
+    for count in (3, 1, 4, 99):
+        engine.capture_decodes(count)
+    assert pretended.sizes == [4, 1]
+    assert generate(engine, PROMPTS, max_tokens=5) == expected
+    assert generate(engine, PROMPTS[:2], max_tokens=5) == expected[:2]
+    gauges = engine.load_gauges()
+    assert (gauges["graphs"], gauges["graph_replays"]) == (2, 4), "two decode without a graph of theirs"
+    engine.drop_graphs()
+    assert generate(engine, PROMPTS, max_tokens=5) == expected
+    assert not pretended.alive
+
+
+def test_decodes_that_somebody_else_decides(tmp_path, monkeypatch):
+    """The logits are those of a step of the engine; without a graph there are none."""
+    save_model(tmp_path)
+    Pretended(monkeypatch)
+    runner = load(tmp_path, max_model_len=32)._runner
+    sequences = []
+    for row, prompt in enumerate(PROMPTS[:2]):
+        sequence = Sequence(StreamId(b"", row, 0), array("I", prompt), SamplingParams(temperature=0.0), max_tokens=4)
+        sequence.row, sequence.blocks = row, [2 * row, 2 * row + 1]
+        sequences.append(sequence)
+    first = [one.token for one in runner.launch(Plan(tuple(Chunk(one, len(one.tokens)) for one in sequences))).read()]
+    for sequence in sequences:
+        sequence.num_computed = len(sequence.tokens)
+        sequence.expect()
+    assert runner.replay(sequences, torch.tensor(first)) is None
+    runner.capture_decodes(2)
+    got = runner.replay(sequences, torch.tensor(first)).clone()
+    for sequence, token in zip(sequences, first, strict=True):
+        sequence.append(token)
+    expected = runner.model(runner._builder.build([Chunk(one, 1) for one in sequences]), runner.kv)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(

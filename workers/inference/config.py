@@ -35,7 +35,8 @@ class InferenceConfig:
         tensor_parallel: GPUs that share the model; this release computes on one.
         quantize: None; this release has no quantized weights.
         offload: None; this release keeps all weights on the device.
-        cuda_graphs: False; the library captures none, a pool does.
+        cuda_graphs: whether a GPU decodes by CUDA graphs, which are captured when first needed: None where it can,
+            True or an error, False never.
 
     Raises:
         ConfigError: a name is unknown (the nearest is named), a value is out of range or cannot be honoured.
@@ -52,7 +53,7 @@ class InferenceConfig:
     tensor_parallel: int = 1
     quantize: None = None
     offload: None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
 
     def __init__(self, **settings: Any) -> None:
         given = translate(settings, _NAMES)
@@ -104,6 +105,11 @@ class InferenceConfig:
         eps = self.layer_norm_eps
         if eps is not None and (isinstance(eps, bool) or not isinstance(eps, int | float) or eps <= 0):
             raise ConfigError(f"layer_norm_eps is {eps!r}; give a number above 0.", param="layer_norm_eps")
+        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(
+                f"cuda_graphs is {self.cuda_graphs!r}; give True, False, or None for where there is a GPU.",
+                param="cuda_graphs",
+            )
         if self.policy is not None and not isinstance(self.policy, Policy):
             raise ConfigError(
                 f"policy is {type(self.policy).__name__}; give a headrace.kernels.policies.base.Policy.", param="policy"
@@ -128,12 +134,6 @@ class InferenceConfig:
                 "offload is given, but this release keeps all weights on the device. Leave it out; if the model does "
                 "not fit, use dtype='bfloat16', device='cpu' or a smaller model.",
                 param="offload",
-            )
-        if self.cuda_graphs is not False:
-            raise ConfigError(
-                f"cuda_graphs is {self.cuda_graphs!r}, but the library captures no CUDA graphs, and a CPU has none. "
-                "Leave it out; a pool (`headrace up`) has them on a GPU.",
-                param="cuda_graphs",
             )
 
 

@@ -22,9 +22,9 @@ __all__ = ["Decoder"]
 class Decoder(GeneratingKind):
     """A model such as a LlamaForCausalLM."""
 
-    def __init__(self, loaded: Loaded, max_tokens: int) -> None:
-        super().__init__(loaded, max_tokens)
-        self.padded = PaddedModel(loaded.model, max_tokens=max_tokens)
+    def __init__(self, loaded: Loaded, max_tokens: int, cuda_graphs: bool | None = None) -> None:
+        super().__init__(loaded, max_tokens, cuda_graphs)
+        self.padded = PaddedModel(loaded.model, self.replays, max_tokens=max_tokens)
         self.shell = DecoderShell(loaded.config, loaded.generation_config, self.padded)
 
     def forward(

@@ -39,10 +39,10 @@ _DECODER = "decoder_"
 class EncoderDecoder(GeneratingKind):
     """A model such as a T5ForConditionalGeneration."""
 
-    def __init__(self, loaded: Loaded, max_tokens: int) -> None:
-        super().__init__(loaded, max_tokens)
+    def __init__(self, loaded: Loaded, max_tokens: int, cuda_graphs: bool | None = None) -> None:
+        super().__init__(loaded, max_tokens, cuda_graphs)
         model = loaded.model
-        self.padded = PaddedModel(model, max_tokens=max_tokens, prefix=_DECODER)
+        self.padded = PaddedModel(model, self.replays, max_tokens=max_tokens, prefix=_DECODER)
         self._reader = Reader(model.encoded, model.spec, max_tokens=max_tokens, device=self.device)
         self.shell = EncoderDecoderShell(loaded.config, loaded.generation_config, self.padded, self._reader)
 

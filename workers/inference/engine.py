@@ -62,7 +62,7 @@ class InferenceEngine:
         self.tokenizer: Any = None
         if settings.max_tokens is not None:
             loaded.model.reserve_positions(settings.max_tokens)
-        kind = _kind(loaded, self.max_tokens)
+        kind = _kind(loaded, self.max_tokens, settings.cuda_graphs)
         self.device, self.dtype = kind.device, kind.dtype
         _check_memory(kind, settings.min_tokens)
         self._kind: Kind | None = kind
@@ -103,8 +103,9 @@ class InferenceEngine:
         return isinstance(self._alive(), GeneratingKind)
 
     def report(self) -> InferenceReport:
-        """What was injected, in which precision, how much memory it takes, and what was left alone."""
-        return make_report(self._alive())
+        """What was injected, in which precision, how much memory it takes, what was left alone; and whether calls took
+        CUDA graphs, and if not, why."""
+        return make_report(self._alive(), self._streams)
 
     def new_cache(self) -> PagedCache:
         """An empty cache, to be passed as `past_key_values` to calls that continue each other."""
@@ -115,6 +116,8 @@ class InferenceEngine:
         with self._starting:
             if self._streams is not None:
                 self._streams.close()
+            if isinstance(self._kind, GeneratingKind):
+                self._kind.close()
             self._streams = self._kind = None
 
     # ------------------------------------------------------------------------------------------- as transformers does
@@ -152,7 +155,9 @@ class InferenceEngine:
             InvalidRequestError: an argument is wrong or cannot be honoured.
             ContextLengthError: a text gets longer than `max_tokens`.
         """
-        return self._alive().forward(*args, **kwargs)
+        kind = self._alive()
+        kind.look()
+        return kind.forward(*args, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """What `model.generate` of transformers returns for the same arguments, by transformers' own loop.
@@ -170,6 +175,7 @@ class InferenceEngine:
             UnsupportedModelError: the model is an encoder.
         """
         kind = self._generating()
+        kind.look()
         if "input_ids" in kwargs:
             if inputs is not None:
                 raise InvalidRequestError("The prompt is given twice, as inputs and as input_ids.", param="input_ids")
@@ -202,7 +208,7 @@ class InferenceEngine:
         """
         from headrace.workers.inference.streams import TextStream
 
-        self._generating()
+        self._generating().look()
         if not isinstance(prompt, str):
             return self._open_streams().open(_ids(prompt), sampling)
         tokenizer = self._need_tokenizer()
@@ -244,7 +250,7 @@ class InferenceEngine:
         kind = self._generating()
         with self._starting:
             if self._streams is None:
-                self._streams = Streams(kind.start_engine())
+                self._streams = Streams(kind.start_engine(), kind.stream_road)
             return self._streams
 
     def _need_tokenizer(self) -> Any:
@@ -268,11 +274,11 @@ class InferenceEngine:
         return self.tokenizer
 
 
-def _kind(loaded: Loaded, max_tokens: int) -> Kind:
+def _kind(loaded: Loaded, max_tokens: int, cuda_graphs: bool | None) -> Kind:
     spec = loaded.model.spec
     if spec.is_encoder:
         return Encoder(loaded, max_tokens)
-    return (Decoder if spec.encoder is None else EncoderDecoder)(loaded, max_tokens)
+    return (Decoder if spec.encoder is None else EncoderDecoder)(loaded, max_tokens, cuda_graphs)
 
 
 def _check_memory(kind: Kind, tokens: int) -> None:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from headrace.kernels.kv import KVCache
 from headrace.workers.inference.cache import PagedCache
 from headrace.workers.inference.padded import PaddedModel
+from headrace.workers.inference.replays import Replays
+from headrace.workers.inference.road import Road
 from headrace.workers.inference.shell import Shell
 from headrace.workers.inference.sources import Loaded
+from headrace.workers.inference.watch import Watch
 
 if TYPE_CHECKING:
     from headrace.workers.engine import Engine
@@ -38,10 +41,15 @@ class Kind(ABC):
         self.module: nn.Module = loaded.model
         self.device = weight.device
         self.dtype = weight.dtype
+        self._watch = Watch(loaded.model)
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's class in transformers returns; arguments as there."""
+
+    def look(self) -> None:
+        """Notice what its owner changed of the model since the last call."""
+        self._watch.look()
 
     def cache_bytes(self, tokens: int) -> int:
         """Memory that the cache of so many tokens takes."""
@@ -51,13 +59,26 @@ class Kind(ABC):
 class GeneratingKind(Kind):
     """A model that writes.
 
+    Args:
+        loaded: as for a Kind.
+        max_tokens: likewise.
+        cuda_graphs: the setting.
+
     Attributes:
         padded: computes its logits.
         shell: transformers' generation loop around it.
+        replays: graphs of that loop's steps.
+        stream_road: whether streams take graphs.
     """
 
     padded: PaddedModel
     shell: Shell
+
+    def __init__(self, loaded: Loaded, max_tokens: int, cuda_graphs: bool | None = None) -> None:
+        super().__init__(loaded, max_tokens)
+        road = Road(cuda_graphs, self.device, self._watch)
+        self.replays = Replays(loaded.model, max_tokens=max_tokens, road=road)
+        self.stream_road = Road(cuda_graphs, self.device, self._watch)
 
     @abstractmethod
     def generate(self, inputs: Tensor | None, mask: Tensor | None, kwargs: dict[str, Any]) -> Any:
@@ -66,6 +87,10 @@ class GeneratingKind(Kind):
     @abstractmethod
     def start_engine(self) -> Engine:
         """A continuous-batching engine around the same weights."""
+
+    def close(self) -> None:
+        """Free the graphs, and what their cache takes."""
+        self.replays.close()
 
     def new_cache(self) -> PagedCache:
         """An empty cache."""

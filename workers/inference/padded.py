@@ -14,6 +14,7 @@ from headrace.kernels.model import Model
 from headrace.workers.inference.cache import PagedCache
 from headrace.workers.inference.inputs import check_positions, check_rows, real_tokens
 from headrace.workers.inference.ragged import kept_columns, last_columns, pack, source_slots, unpack
+from headrace.workers.inference.replays import Replays
 
 __all__ = ["PaddedModel"]
 
@@ -24,15 +25,17 @@ class PaddedModel:
     Attributes:
         model: it.
         max_tokens: of one text, its source included, padding not counted.
+        replays: its graphs.
         prefix: what stands before the names of its arguments, in messages.
         device: where the model is.
         dtype: of its weights.
     """
 
-    def __init__(self, model: Model, *, max_tokens: int, prefix: str = "") -> None:
+    def __init__(self, model: Model, replays: Replays, *, max_tokens: int, prefix: str = "") -> None:
         weight = model.embedding.weight
         assert isinstance(weight, Tensor)
         self.model = model
+        self.replays = replays
         self.max_tokens = max_tokens
         self.prefix = prefix
         self.device = weight.device
@@ -93,9 +96,10 @@ class PaddedModel:
             cache: of the texts about them.
         """
         mask = torch.from_numpy(real)
-        kv = cache.add_sources(mask)
-        slots = torch.from_numpy(source_slots(cache)).to(self.device)
-        self.model.remember(states[mask.to(self.device)], slots, kv)
+        with cache.lock:
+            kv = cache.add_sources(mask)
+            slots = torch.from_numpy(source_slots(cache)).to(self.device)
+            self.model.remember(states[mask.to(self.device)], slots, kv)
 
     def check_prompt(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Refuse what would fail, or go on from nothing, once generation has begun.
@@ -128,9 +132,16 @@ class PaddedModel:
     def _compute(self, input_ids: Tensor, real: np.ndarray, cache: PagedCache, columns: np.ndarray) -> Tensor:
         counts = real.sum(1)
         self.check_length(int((np.array(cache.lens or 0) + np.array(cache.source_lens or 0) + counts).max()))
-        kv = cache.extend(torch.from_numpy(real))
         if not counts.any():
+            cache.extend(torch.from_numpy(real))
             shape = (len(real), columns.shape[-1], self.model.spec.vocab_size)
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        batch, wanted = pack(input_ids.to(self.device), real, columns, cache)
-        return unpack(self.model(batch, kv), wanted)
+        input_ids = input_ids.to(self.device)
+        with cache.lock:
+            kv = cache.extend(torch.from_numpy(real))
+            if real.shape[1] == columns.shape[-1] == 1 and real.all():
+                logits = self.replays.logits(cache, input_ids.flatten())
+                if logits is not None:
+                    return logits[:, None]
+            batch, wanted = pack(input_ids, real, columns, cache)
+            return unpack(self.model(batch, kv), wanted)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from headrace.kernels.linear import Linear
 from headrace.kernels.model import Model
 from headrace.kernels.spec import AttentionSpec, HeadSpec, LayerSpec, MLPSpec, RotarySpec
 from headrace.kernels.tuning import MOST_ROWS
-from headrace.workers.inference.kind import Kind
+from headrace.workers.inference.kind import GeneratingKind, Kind
+from headrace.workers.inference.road import Road
 from headrace.workers.inference.tasks import head_parts
+
+if TYPE_CHECKING:
+    from headrace.workers.inference.streams import Streams
 
 __all__ = ["InferenceReport", "make_report"]
 
@@ -33,6 +38,7 @@ class InferenceReport:
         weight_bytes: memory that the weights take.
         kv_bytes_per_token: memory that the cache takes for each token of a text; 0 if nothing is cached.
         max_tokens: of one text.
+        graphs: by kind of call, generate and streams, whether its steps are CUDA graphs, and if not, why.
     """
 
     architecture: str
@@ -48,6 +54,7 @@ class InferenceReport:
     weight_bytes: int
     kv_bytes_per_token: int
     max_tokens: int
+    graphs: dict[str, str]
 
     def __str__(self) -> str:
         parts = f" ({self.encoder_layers} of the encoder, {self.layers_total - self.encoder_layers} of the decoder)"
@@ -61,6 +68,7 @@ class InferenceReport:
             "dtype": f"{self.dtype} on {self.device}",
             "weights": f"{_size(self.weight_bytes)}",
             "cache": f"{cache}, at most {self.max_tokens:,} tokens a text",
+            "graphs": "; ".join(f"{call} {how}" for call, how in self.graphs.items()) or "none, for nothing is decoded",
         }
         width = max(len(name) for name in (*rows, "left alone"))
         lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
@@ -68,8 +76,8 @@ class InferenceReport:
         return "\n".join(lines)
 
 
-def make_report(kind: Kind) -> InferenceReport:
-    """The report of a model."""
+def make_report(kind: Kind, streams: Streams | None = None) -> InferenceReport:
+    """The report of a model, and of its streams if there were any."""
     loaded = kind.loaded
     model = loaded.model
     spec = model.spec
@@ -94,7 +102,25 @@ def make_report(kind: Kind) -> InferenceReport:
         weight_bytes=sum(weight.numel() * weight.element_size() for weight in kind.module.parameters()),
         kv_bytes_per_token=kind.cache_bytes(1),
         max_tokens=kind.max_tokens,
+        graphs=_graphs(kind, streams) if isinstance(kind, GeneratingKind) else {},
     )
+
+
+def _graphs(kind: GeneratingKind, streams: Streams | None) -> dict[str, str]:
+    replays, gauges = kind.replays, {} if streams is None else streams.gauges()
+    return {
+        "generate": _road(replays.road, replays.num_graphs, replays.num_replays),
+        "streams": _road(kind.stream_road, int(gauges.get("graphs", 0)), int(gauges.get("graph_replays", 0))),
+    }
+
+
+def _road(road: Road, num_graphs: int, num_replays: int) -> str:
+    """Which one calls take."""
+    if road.why_not is not None:
+        return f"without: {road.why_not}"
+    if not num_graphs:
+        return "captured when first needed"
+    return f"{num_graphs} captured, {num_replays:,} steps replayed"
 
 
 def _slots(model: Model) -> dict[str, str]:

@@ -85,9 +85,16 @@ class Shell(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return True
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        self._check_length(generation_config.max_length, model_kwargs)
+        source_tokens = self._source_tokens(model_kwargs)
+        self.padded.check_length(generation_config.max_length + source_tokens)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise InvalidRequestError(
                 f"cache_implementation is {generation_config.cache_implementation!r}, but keys and values are always "
@@ -99,13 +106,21 @@ class Shell(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             check_cache(given)._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = self.padded.new_cache(generation_config.max_length)
+        else:
+            self.padded.replays.stay_away("without a cache (use_cache) every step computes whole texts")
+            return
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        self.padded.replays.lodge(
+            model_kwargs[CACHE_NAME], batch_size * copies, generation_config.max_length, source_tokens
+        )
 
     @contextlib.contextmanager
     def _optimize_model_for_decode(self) -> Iterator[None]:
         yield
 
-    def _check_length(self, length: int, model_kwargs: dict[str, Any]) -> None:
-        self.padded.check_length(length)
+    def _source_tokens(self, model_kwargs: dict[str, Any]) -> int:
+        """Of the longest source, if there are any."""
+        return 0
 
 
 class DecoderShell(Shell):
@@ -189,9 +204,9 @@ class EncoderDecoderShell(Shell):
         self.padded.remember(states[::copies], real[::copies], cache)
         cache.batch_repeat_interleave(copies)
 
-    def _check_length(self, length: int, model_kwargs: dict[str, Any]) -> None:
+    def _source_tokens(self, model_kwargs: dict[str, Any]) -> int:
         _, real = self._sources(model_kwargs)
-        self.padded.check_length(length + int(real.sum(1).max()))
+        return int(real.sum(1).max())
 
     def _sources(self, model_kwargs: dict[str, Any]) -> tuple[Tensor, np.ndarray]:
         """The encoder's states [B, S, hidden], and which of them are of tokens."""

@@ -18,6 +18,7 @@ from headrace.kernels.policies.base import Policy
 from headrace.kernels.spec import ModelSpec
 from headrace.workers.checkpoint import DTYPES, Checkpoint
 from headrace.workers.inference.config import InferenceConfig
+from headrace.workers.inference.road import has_graphs
 from headrace.workers.inference.tasks import blank_task, task_class
 from headrace.workers.loader import load_checkpoint
 from headrace.workers.models import resolve
@@ -73,10 +74,12 @@ def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
     checkpoint = Checkpoint(folder, policy=config.policy)
     _check_policy(checkpoint.policy, checkpoint.architecture)
     _check_spec(checkpoint.spec, checkpoint.architecture, config)
+    device = _device(config, None)
+    _check_graphs(checkpoint.spec, checkpoint.architecture, device, config)
     task = None
     if checkpoint.architecture in checkpoint.policy.tasks:
         task = blank_task(task_class(checkpoint.architecture), checkpoint.config)
-    injected = load_checkpoint(checkpoint, dtype=config.dtype, device=_device(config, None), task=task)
+    injected = load_checkpoint(checkpoint, dtype=config.dtype, device=device, task=task)
     if (folder / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(folder)
     else:
@@ -103,13 +106,16 @@ def _from_module(module: nn.Module, config: InferenceConfig) -> Loaded:
         )
     policy = find_policy(architecture) if config.policy is None else config.policy
     _check_policy(policy, architecture)
-    _check_spec(policy.spec(config_of(module)), architecture, config)
+    spec = policy.spec(config_of(module))
+    _check_spec(spec, architecture, config)
     parameter = next(module.parameters(), None)
+    device = _device(config, parameter)
+    _check_graphs(spec, architecture, device, config)
     own = parameter.dtype if parameter is not None and parameter.dtype in DTYPES.values() else torch.float32
     dtype = own if config.dtype == "auto" else DTYPES[config.dtype]
     generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(module.config)
     task = blank_task(type(module), module.config) if architecture in policy.tasks else None
-    injected = inject(module, policy, dtype=dtype, device=_device(config, parameter), task=task)
+    injected = inject(module, policy, dtype=dtype, device=device, task=task)
     return Loaded(
         model=injected.model,
         policy=policy,
@@ -136,6 +142,24 @@ def _check_policy(policy: Policy, architecture: str) -> None:
             f"The policy of {policy.family!r} covers {', '.join(policy.classes)}, but the model is a "
             f"{architecture}. Name it in the policy's architectures if it is the same in all but its name.",
             param="policy",
+        )
+
+
+def _check_graphs(spec: ModelSpec, architecture: str, device: torch.device, config: InferenceConfig) -> None:
+    """Refuse to promise CUDA graphs where there can be none."""
+    if not config.cuda_graphs:
+        return
+    if not has_graphs(device):
+        raise ConfigError(
+            f"cuda_graphs is True, but the {architecture} goes to {str(device)!r}, which has none. Leave it out, and "
+            "there are graphs wherever there is a GPU.",
+            param="cuda_graphs",
+        )
+    if spec.is_encoder:
+        raise ConfigError(
+            f"cuda_graphs is True, but the {architecture} is an encoder, and graphs here are of generation. Leave it "
+            "out; a pool (`headrace up`) has graphs of encoders, too.",
+            param="cuda_graphs",
         )
 
 

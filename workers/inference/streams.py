@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from headrace.workers.engine import Engine, StepResult
+    from headrace.workers.inference.road import Road
     from headrace.workers.inference.sources import Loaded
 
 __all__ = ["Streams", "TextStream", "TokenStream", "make_engine"]
@@ -82,6 +83,8 @@ class TokenStream:
         self._tokens.extend(tokens)
         self._reason = reason or self._reason
         self._error = error or self._error
+        if self._reason or self._error:
+            self._streams = None  # whose memory is not for those who keep what they have read
 
 
 class TextStream:
@@ -138,10 +141,16 @@ class TextStream:
 
 
 class Streams:
-    """An engine, and the readers of its streams."""
+    """An engine, and the readers of its streams.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: computes them.
+        road: says whether it may use CUDA graphs.
+    """
+
+    def __init__(self, engine: Engine, road: Road) -> None:
         self._engine = engine
+        self._road = road
         self._lock = threading.Lock()
         # Weak, so that a reader whom everybody dropped goes, and says so.
         self._open: weakref.WeakValueDictionary[StreamId, TokenStream] = weakref.WeakValueDictionary()
@@ -159,6 +168,7 @@ class Streams:
             request=stream.request, choice=0, attempt=0, prompt=_packed(prompt), sampling=settings.to_wire()
         )
         with self._lock:
+            self._prepare_graphs()
             self._engine.add(assignment, 0.0)
             reader = self._open[stream] = TokenStream(self, stream)
         return reader
@@ -170,6 +180,8 @@ class Streams:
                 # Readers may be given up anywhere, even in the middle of a step; this is the place to notice.
                 while self._forgotten:
                     self._engine.revoke(self._forgotten.popleft())
+                if not self._road.is_clear():
+                    self._engine.drop_graphs()
                 self._hand_out(self._engine.step(0.0))
 
     def forget(self, stream: StreamId) -> None:
@@ -183,6 +195,19 @@ class Streams:
                 reader.close()
             self._open.clear()
             self._engine.revoke_all()
+            self._engine.drop_graphs()
+
+    def gauges(self) -> dict[str, int | float]:
+        """Figures of the engine."""
+        return self._engine.load_gauges()
+
+    def _prepare_graphs(self) -> None:
+        """Have a graph for all open streams and one more: captured before its first token, and kept."""
+        moved = self._road.moved()
+        if not self._road.open() or moved:
+            self._engine.drop_graphs()
+        if self._road.why_not is None:
+            self._road.try_to(lambda: self._engine.capture_decodes(len(self._engine.running()) + 1))
 
     def _hand_out(self, result: StepResult) -> None:
         for run in result.runs:
