@@ -28,6 +28,7 @@ from headrace.kernels.batch import Batch
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.attention import paged_attention
 from headrace.kernels.ops.edits import count, edit
+from headrace.kernels.ops.embedding import embed
 from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.linear import linear, share_norm
@@ -40,6 +41,7 @@ from headrace.kernels.spec import AttentionSpec, RotarySpec
 from tests.kernels.test_edits import make_tables
 from tests.kernels.test_pairs import ACTIVATIONS, CROWDS, NORMS, QK_NORMS, make_experts
 from tests.kernels.test_pairs_attention import EXTRAS, make_spec
+from tests.kernels.test_pairs_embedding import make as make_tokens
 from tests.kernels.test_pairs_linear import AROUND, FEW, SKINNY, make
 from tests.kernels.test_sampling_gpu import make_rows
 from tests.support.batches import make_batch
@@ -117,6 +119,14 @@ def choose_cases() -> Iterator[Case]:
     alike = torch.zeros(3, 20_003)
     yield "all alike", lambda run: run(choose, alike, make_rows(3, top_k=100, top_p=0.5))
     yield "all greedy", lambda run: run(choose, alike)
+
+
+def embed_cases() -> Iterator[Case]:
+    """Rows short of a part, of several and a part of one; the last row of each table, and rows behind it; no token."""
+    for case in [*product(DTYPES, [3], [33, 2600], ["", "scale-positions-segments"]), (HALF, 0, 33, "positions")]:
+        arguments, given = make_tokens(*case)
+        arguments[0][:2] = torch.tensor([49, 50])[: len(arguments[0])]
+        yield str(case), lambda run, arguments=arguments, given=given: run(embed, *arguments, **given)
 
 
 def edit_cases() -> Iterator[Case]:
@@ -320,6 +330,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "choose": choose_cases,
     "count": count_cases,
     "edit": edit_cases,
+    "embed": embed_cases,
     "experts": experts_cases,
     "full_attention": full_attention_cases,
     "linear": linear_cases,

@@ -16,6 +16,9 @@ from headrace.kernels import model as model_module
 from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
 from headrace.workers.inference.padded import PaddedModel
+from headrace.workers.inference.replays import Replays
+from headrace.workers.inference.road import Road
+from headrace.workers.inference.watch import Watch
 from headrace.workers.loader import load_model
 from tests.support.batches import make_batch
 from tests.support.parity import at_once, at_random, check, in_steps, logits_of, narrowed, their_logits
@@ -72,7 +75,8 @@ def left_padded(model: Model, texts: list[list[int]]) -> list[torch.Tensor]:
     columns = max(map(len, texts)) + 2
     ids = torch.tensor([[0] * (columns - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (columns - len(text)) + [1] * len(text) for text in texts])
-    padded = PaddedModel(model, max_tokens=128)
+    road = Road(False, torch.device("cpu"), Watch(model))
+    padded = PaddedModel(model, Replays(model, max_tokens=128, road=road), max_tokens=128)
     logits = padded.logits(ids, mask, None, padded.new_cache(), 0)
     assert not logits[mask == 0].any()
     return [row[-len(text) :].float() for row, text in zip(logits, texts, strict=True)]

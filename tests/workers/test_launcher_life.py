@@ -71,8 +71,8 @@ def emitted(actions):
 def test_readiness_tells_where_the_time_of_the_start_went():
     stage = Stage(ranks=2)
     stage.feed(Tick())
-    stage.say(1, "warm", phases=[["imports", 2.0, 0]])
-    stage.say(0, "warm", phases=[["imports", 3.0, 0], ["weights", 1.0, 99]])  # the rank for which all others wait
+    stage.say(1, "warm", phases=[["imports", 2.0, 0, 0]])
+    stage.say(0, "warm", phases=[["imports", 3.0, 0, 0], ["weights", 1.0, 99, 0]])  # the rank for which all others wait
     stage.feed(Tick(), after=0.5)
     [event] = emitted(stage.say(0, "ready"))
     assert [(phase.name, phase.seconds, phase.amount) for phase in event.start.phases] == [
