@@ -9,25 +9,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.ops.pair import kernels_on_cpu
 from headrace.workers.encoder_engine import EncoderEngine
 from headrace.workers.encoder_graphs import StaticTexts, TextGraphs, sizes_of_batches
 from headrace.workers.encoder_runner import EncoderRunner
 from tests.support.kernels import Kernels
+from tests.support.static_steps import InterpretedTexts
 from tests.support.tiny_encoders import save_encoder
 from tests.support.tiny_tokenizer import CLS, MASK, SEP
 from tests.workers.test_encoder_engine import TEXTS, ask, floats, load, run
 
 # Triton 3.6 counts in its interpreter in a way that newer numpy dislikes.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-
-
-class _Computed(TextGraphs):
-    """As a graph, without one: the same step on the same tensors."""
-
-    def _computed(self, size):
-        with kernels_on_cpu():
-            return self._step.compute(size)
 
 
 def with_static_texts(engine: EncoderEngine) -> EncoderEngine:
@@ -40,7 +32,7 @@ def with_static_texts(engine: EncoderEngine) -> EncoderEngine:
         max_model_len=runner._max_model_len,
         device=runner._device,
     )
-    runner._graphs = _Computed(step, sizes_of_batches(runner._max_tokens, runner._max_texts))
+    runner._graphs = InterpretedTexts(step, sizes_of_batches(runner._max_tokens, runner._max_texts))
     return engine
 
 

@@ -22,23 +22,13 @@ from headrace.workers.sequence import Sequence
 from tests.support.engines import assign, generate, run
 from tests.support.graphs_on_cpu import Pretended
 from tests.support.kernels import Kernels
+from tests.support.static_steps import InterpretedSteps
 from tests.support.tiny_models import save_model, save_t5
 
 # Triton 3.6 counts in its interpreter in a way that newer numpy dislikes.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 PROMPTS = [[5], list(range(60, 73)), [9, 9]]
-
-
-class _Computed(StepGraphs):
-    """As graphs, without any: the same steps on the same tensors."""
-
-    def _has(self, kind, size):
-        return True
-
-    def _replay(self, kind, size):
-        with kernels_on_cpu():
-            return kind.compute(size)
 
 
 def load(folder, **config) -> Engine:
@@ -50,7 +40,7 @@ def load(folder, **config) -> Engine:
 
 
 def with_static_steps(engine: Engine) -> Engine:
-    engine._runner._graphs = _Computed(engine._runner.static_steps())
+    engine._runner._graphs = InterpretedSteps(engine._runner.static_steps())
     return engine
 
 

@@ -24,6 +24,7 @@ from headrace.workers.memory import graph_bytes
 from headrace.workers.runner import Runner
 from tests.support.engines import assign, generate, run
 from tests.support.kernels import Kernels
+from tests.support.static_steps import InterpretedSteps, InterpretedTexts
 from tests.support.tiny_models import T5_VARIANTS, save_model, save_t5
 
 # Triton 3.6 counts in its interpreter in a way that newer numpy dislikes.
@@ -31,14 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 # Longer than the distance (20) from which on all are alike, and shorter; with blocks that are full and others.
 SOURCES = [[5], list(range(60, 97)), [9, 9], list(range(40, 56))]
-
-
-class _Computed(TextGraphs):
-    """As a graph, without one: the same step on the same tensors."""
-
-    def _computed(self, size):
-        with kernels_on_cpu():
-            return self._step.compute(size)
 
 
 def load(folder, **config) -> Engine:
@@ -52,7 +45,7 @@ def with_static_sources(engine: Engine) -> Engine:
     Kernels("interpreted")  # skips where kernels are compiled
     runner = engine._runner
     sizes = sizes_of_batches(runner._max_batch_tokens, runner._num_rows)
-    runner._source_graphs = _Computed(runner.static_sources(), sizes)
+    runner._source_graphs = InterpretedTexts(runner.static_sources(), sizes)
     return engine
 
 
@@ -101,17 +94,9 @@ def test_sources_of_preempted_sequences_are_read_again(folder):
 
 
 def test_steps_and_sources_as_graphs_together(folder):
-    class Steps(StepGraphs):
-        def _has(self, kind, size):
-            return True
-
-        def _replay(self, kind, size):
-            with kernels_on_cpu():
-                return kind.compute(size)
-
     expected = generate(load(folder, max_model_len=56), SOURCES, max_tokens=4)
     engine = with_static_sources(load(folder, max_model_len=56))
-    engine._runner._graphs = Steps(engine._runner.static_steps())
+    engine._runner._graphs = InterpretedSteps(engine._runner.static_steps())
     assert generate(engine, SOURCES, max_tokens=4) == expected
     assert engine.load_gauges()["graph_replays"] == engine.steps + 1
     engine._runner.forget_replays()
