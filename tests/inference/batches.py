@@ -1,11 +1,15 @@
-"""Padded batches of random tokens."""
+"""Padded batches of random tokens, and what engines make of several at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["padded", "positions_of"]
+__all__ = ["generated_at_once", "padded", "positions_of"]
 
 
 def padded(
@@ -26,3 +30,15 @@ def padded(
 def positions_of(mask: Tensor) -> Tensor:
     """Each real token counts one."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def generated_at_once(
+    engine: Any, batches: Sequence[tuple[Tensor, Tensor]], times: int, settings: dict[str, Any]
+) -> list[list[Tensor]]:
+    """What `generate` returned each time for each batch, which has a thread of its own."""
+
+    def use(batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return [engine.generate(*batch, **settings) for _ in range(times)]
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        return list(pool.map(use, batches))

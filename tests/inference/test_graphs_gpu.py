@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 from headrace.errors import ConfigError
 from headrace.kernels.model import Model
 from headrace.workers.inference import init_inference
-from tests.inference.batches import padded
+from tests.inference.batches import generated_at_once, padded
 from tests.support.tiny_encoders import make_any
 from tests.support.tiny_models import FAMILIES, make_model
 from tests.support.tiny_tokenizer import END_OF_TEXT
@@ -175,21 +174,11 @@ def test_no_graphs_for_encoders_and_cpus():
 def test_several_threads():
     """One captures while others compute."""
     plain, engine = engines("llama", False, None)
-    lens = ([7], [11, 30], [3] * 5)
-    expected = [plain.generate(*batch(*one), **GREEDY) for one in lens]
-    wrong = []
-
-    def use(index):
-        for _ in range(5):
-            if not torch.equal(engine.generate(*batch(*lens[index]), **GREEDY), expected[index]):
-                wrong.append(index)
-
-    threads = [threading.Thread(target=use, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-    assert not wrong
+    batches = [batch(*lens) for lens in ([7], [11, 30], [3] * 5)]
+    found = generated_at_once(engine, batches, 5, GREEDY)
+    for one, each in zip(batches, found, strict=True):
+        expected = plain.generate(*one, **GREEDY)
+        assert all(torch.equal(text, expected) for text in each)
     assert replays(engine)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from headrace.workers.inference import init_inference
 from headrace.workers.inference.home import Home, Size
 from headrace.workers.inference.shell import CACHE_NAME
-from tests.inference.batches import padded
+from tests.inference.batches import generated_at_once, padded
 from tests.inference.test_graphs import GREEDY, IDS, MASK, PROMPTS, QUIET, at_each_step, make, replays
 from tests.support.tiny_models import make_model
 
@@ -140,20 +139,10 @@ def test_a_text_within_a_text(pretended):
 def test_from_several_threads(pretended):
     engine = make()
     batches = [padded(lens, seed=seed) for seed, lens in enumerate(([7], [3, 12], [30, 1, 2, 8]))]
-    expected = [make(cuda_graphs=False).generate(*batch, **QUIET) for batch in batches]
-    wrong = []
-
-    def use(index):
-        for _ in range(5):
-            if not torch.equal(engine.generate(*batches[index], **QUIET), expected[index]):
-                wrong.append(index)
-
-    threads = [threading.Thread(target=use, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not wrong
+    found = generated_at_once(engine, batches, 5, QUIET)
+    for batch, each in zip(batches, found, strict=True):
+        expected = make(cuda_graphs=False).generate(*batch, **QUIET)
+        assert all(torch.equal(text, expected) for text in each)
     assert replays(engine)
 
 
