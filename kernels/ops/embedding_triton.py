@@ -49,7 +49,8 @@ def embed(
     return out
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_positions", "offset"])
+# Of what is read value by value, alignment depends on the number of tokens: no reason to compile again.
+@triton.jit(do_not_specialize=["token_ids", "positions", "segments", "num_tokens", "num_positions", "offset"])
 def _embed(
     token_ids,
     tokens,

@@ -53,3 +53,13 @@ def test_what_is_in_no_table_is_not_a_number(kernels: Kernels, case):
     found = kernels(embed, token_ids, tokens, **given)
     assert found[2:].isnan().all()
     assert torch.equal(found[:2], expected[:2])
+
+
+def test_it_begins_when_all_before_it_is_done():
+    """Attention reads lengths, tables and old keys before it waits: no launch that may overlap with the one before it
+    is allowed here (`chain_triton`)."""
+    from headrace.kernels.ops import embedding_triton, norm_triton
+
+    assert "CHAINED" in norm_triton._norm.arg_names
+    assert "CHAINED" not in embedding_triton._embed.arg_names
+    assert "chained" not in vars(embedding_triton)
