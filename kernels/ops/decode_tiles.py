@@ -3,7 +3,7 @@
 Measured in whole layers of Llama-8B and 1B, GPT-2 XL, OPT-6.7B and Falcon-7B on an H200. Few programs wait for memory:
 their tiles go through registers, each while the last is computed with, the first even before the query is there. Many
 programs share the rate of the memory: theirs go through shared memory, several at a time, and are small, so that more
-programs find room; at batch 16 and 64 that is worth 4 to 7 % of a layer with heads of 128 values.
+programs find room; at batch 16 and 64 that was worth 2 to 7 % of a layer with heads of 128 values.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A tensor core takes 64 rows of what stands on its left, so that is the weight: few rows of x fill its right side. Tiles
 of fewer than 64 columns, for many rows of x, have the weight on the right. A program's first tile of the weight may be
-fetched while the kernel before is still running, to be multiplied last; programs that begin later lose time by that.
+fetched while the kernel before is still running, to be multiplied last; whether that pays is measured by shape.
 Where tiles of columns are too few for a GPU, the depth is cut into parts; the last program of a tile to be done adds
 them up, in their order, so that the result does not depend on who that is.
 """
