@@ -242,6 +242,10 @@ class Engine:
         """Have a graph of steps in which `count` streams get a token each; raises torch.OutOfMemoryError."""
         self._runner.capture_decodes(min(count, self.max_num_seqs))
 
+    def forget_prefixes(self) -> None:
+        """Find no more keys and values of before for new streams, since the weights are other ones now."""
+        self._scheduler.forget_prefixes()
+
     def drop_graphs(self) -> None:
         """Free all graphs; steps are computed without."""
         self._runner.drop_graphs()

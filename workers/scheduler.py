@@ -139,6 +139,7 @@ class Scheduler:
         assert sequence.arrival < 0, "a sequence is added once"
         held = sequence.num_prompt + sequence.max_tokens + self._num_source_blocks(sequence) * self.block_size
         assert held <= min(self.max_model_len, self.kv_tokens)
+        sequence.root = self._root
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self._waiting.append(sequence)
@@ -151,6 +152,10 @@ class Scheduler:
             self._stop(sequence)
         else:
             self._waiting.remove(sequence)
+
+    def forget_prefixes(self) -> None:
+        """Let sequences that are added from now on find nothing of what was computed so far; the others go on."""
+        self._root = root_digest(self._root)
 
     def expired(self, now: float) -> list[Sequence]:
         """Sequences past their deadline, running ones first; the caller removes them."""
@@ -211,7 +216,7 @@ class Scheduler:
         for sequence, blocks, start, stop in filled:
             if sequence.blocks is not blocks:  # it ended or yielded meanwhile; readmitted, it has another list
                 continue
-            digests = sequence.digests(stop, self.block_size, self._root)
+            digests = sequence.digests(stop, self.block_size)
             self._settle(sequence, stop)
             for index in range(start, stop):
                 self.blocks.publish(blocks[index], digests[index])
@@ -270,7 +275,7 @@ class Scheduler:
         """Digests of the blocks a cache may supply; the last token is always computed, for its logits."""
         if not self._prefix_cache:
             return []
-        return sequence.digests((sequence.num_tokens - 1) // self.block_size, self.block_size, self._root)
+        return sequence.digests((sequence.num_tokens - 1) // self.block_size, self.block_size)
 
     def _worth_waiting(self, sequence: Sequence, digests: list[bytes]) -> bool:
         """Whether a running prompt is about to publish most of what this one would compute (n > 1, shared system
@@ -321,7 +326,7 @@ class Scheduler:
         stop = min(stop, promised.stop)
         if stop <= promised.start:
             return
-        for digest in sequence.digests(stop, self.block_size, self._root)[promised.start :]:
+        for digest in sequence.digests(stop, self.block_size)[promised.start :]:
             self._computing[digest] -= 1
             if not self._computing[digest]:
                 del self._computing[digest]

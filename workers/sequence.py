@@ -26,6 +26,7 @@ class Sequence:
         stop_ids: tokens that end it; held back until `sampling.min_tokens` were generated.
         deadline: time after which it is refused, or None.
         arrival: order of arrival; the older comes first everywhere.
+        root: parent of its first block's digest, given by the scheduler.
         num_computed: tokens whose KV is in the cache.
         num_cached: prompt tokens found in the prefix cache when it was first admitted.
         blocks: its KV blocks, in order of position.
@@ -43,6 +44,7 @@ class Sequence:
         "num_computed",
         "num_expected",
         "num_prompt",
+        "root",
         "row",
         "sampling",
         "seed",
@@ -75,6 +77,7 @@ class Sequence:
         self.seed = seed
         self.deadline = deadline
         self.arrival = -1
+        self.root = b""
         self.num_expected = 0
         self.num_computed = 0
         self.num_cached = -1
@@ -134,10 +137,10 @@ class Sequence:
             self.tokens.append(token)
         return "length" if self.num_output >= self.max_tokens else None
 
-    def digests(self, count: int, block_size: int, root: bytes) -> list[bytes]:
+    def digests(self, count: int, block_size: int) -> list[bytes]:
         """Chained digests of the first `count` blocks; each is computed once."""
         for index in range(len(self._digests), count):
-            parent = self._digests[-1] if self._digests else root
+            parent = self._digests[-1] if self._digests else self.root
             tokens = self.tokens[index * block_size : (index + 1) * block_size]
             assert len(tokens) == block_size, "only full blocks have a digest"
             self._digests.append(block_digest(parent, tokens.tobytes()))

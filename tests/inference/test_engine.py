@@ -188,6 +188,19 @@ def test_streams_are_the_tokens_of_transformers(pair):
     assert engine.generate_many(PROMPTS, max_tokens=12, temperature=0, ignore_eos=True) == expected
 
 
+def test_streams_know_nothing_of_weights_that_were_changed(folder):
+    """They were answered from keys and values that the old weights had left in the prefix cache."""
+    engine, fresh = (init_inference(folder, device="cpu") for _ in range(2))
+    settings = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    before = engine.generate_many(PROMPTS, **settings)
+    for one in (engine, fresh):
+        with torch.no_grad():
+            one.module.embedding.weight.copy_(one.module.embedding.weight.roll(1, dims=0))
+    after = engine.generate_many(PROMPTS, **settings)
+    assert after == fresh.generate_many(PROMPTS, **settings)
+    assert after != before
+
+
 def test_a_prompt_may_be_a_tensor(pair):
     _, engine = pair("llama")
     expected = list(engine.stream(PROMPTS[0], max_tokens=5, temperature=0))

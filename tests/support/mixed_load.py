@@ -16,7 +16,7 @@ __all__ = ["MIXED_LOAD_CONFIG", "MIXED_LOAD_FAMILIES", "run_mixed_load"]
 MIXED_LOAD_FAMILIES = ["llama", "qwen2-tied", "gpt2", "gemma2", "bloom", "mixtral", "t5"]
 
 # So few blocks that streams give way to others.
-MIXED_LOAD_CONFIG: dict[str, Any] = {"kv_tokens": 1600, "max_num_seqs": 20, "max_batch_tokens": 300}
+MIXED_LOAD_CONFIG: dict[str, Any] = {"kv_tokens": 640, "max_num_seqs": 20, "max_batch_tokens": 300}
 _BEGUN = 0.2  # of the answers
 _LENGTHS = (1, 2, 3, 7, 16, 17, 31, 64, 65, 100, 129, 250, 300, 400)
 

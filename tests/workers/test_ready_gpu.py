@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def _gpu():
 
 @pytest.mark.parametrize(("graphs", "dtype"), [(True, "bfloat16"), (False, "bfloat16"), (False, "float32")])
 @pytest.mark.parametrize("family", MIXED_LOAD_FAMILIES)
-def test_nothing_is_compiled_once_it_is_ready(tmp_path, family, graphs, dtype):
+def test_nothing_is_compiled_once_it_is_ready(tmp_path, caplog, family, graphs, dtype):
     (save_t5 if family == "t5" else save_model)(tmp_path, family)
     engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG, cuda_graphs=graphs, dtype=dtype))
     engine.warm_up()
@@ -30,8 +32,12 @@ def test_nothing_is_compiled_once_it_is_ready(tmp_path, family, graphs, dtype):
     assert ready["compilations"] == 0
     assert bool(ready["graphs"]) is graphs
 
+    caplog.set_level(logging.DEBUG, "headrace.workers.compilations")
+    caplog.clear()
+
     def watch(asked):
-        assert engine.load_gauges()["compilations"] == 0, (len(asked.prompt) // 4, asked.sampling)
+        late = engine.load_gauges()["compilations"]
+        assert late == 0, (len(asked.prompt) // 4, asked.sampling, caplog.messages)
 
     run_mixed_load(engine, watch=watch)
     after = engine.load_gauges()

@@ -278,9 +278,28 @@ def test_a_prompt_does_not_wait_for_a_small_shared_beginning():
 
 
 def test_caches_with_another_salt_share_nothing():
-    plain, salted = (make_sequence(0, [1] * 9, 1).digests(2, 4, root) for root in (b"a", b"b"))
+    plain, salted = (make_sequence(0, [1] * 9, 1) for _ in range(2))
+    for salt, sequence in ((b"a", plain), (b"b", salted)):
+        make_scheduler(salt=salt).add(sequence)
+    plain, salted = (sequence.digests(2, 4) for sequence in (plain, salted))
     assert not set(plain) & set(salted)
     assert plain[0] != plain[1], "equal tokens at another depth are another block"
+
+
+def test_prefixes_that_are_forgotten_are_not_found():
+    """Not even the first block of a sequence that was running then, and is filled only afterwards."""
+    machine = Machine(make_scheduler(num_blocks=32, block_size=4))
+    machine.add(make_sequence(0, list(range(3)), 9))
+    machine.step()
+    machine.scheduler.forget_prefixes()
+    machine.run()
+    tokens = [*range(3), *machine.outputs[next(iter(machine.outputs))]]
+    machine.add(make_sequence(1, tokens, 2))
+    machine.run()
+    assert machine.scheduler.stats.prefix_hits == 0
+    machine.add(make_sequence(2, tokens, 2))
+    machine.run()
+    assert machine.scheduler.stats.prefix_hits > 0
 
 
 @pytest.mark.parametrize(

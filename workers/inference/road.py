@@ -35,6 +35,7 @@ class Road:
         self._device = device
         self._watch = watch
         self._moves = watch.moves
+        self._changes = watch.changes
         self._never = None
         if wanted is False:
             self._never = "cuda_graphs is False"
@@ -74,6 +75,12 @@ class Road:
         if moved:
             self._stuck = None
         return moved
+
+    def changed(self) -> bool:
+        """Whether what was computed before the last call is not what the model would compute now."""
+        changed = self._changes != self._watch.changes
+        self._changes = self._watch.changes
+        return changed
 
     def try_to(self, capture: Callable[[], None]) -> bool:
         """Whether a graph could be captured.

@@ -168,6 +168,8 @@ class Streams:
             request=stream.request, choice=0, attempt=0, prompt=_packed(prompt), sampling=settings.to_wire()
         )
         with self._lock:
+            if self._road.changed():
+                self._engine.forget_prefixes()
             self._prepare_graphs()
             self._engine.add(assignment, 0.0)
             reader = self._open[stream] = TokenStream(self, stream)

@@ -21,11 +21,13 @@ class Watch:
 
     Attributes:
         moves: how often weights or modules were found to be other ones than before.
+        changes: how often that, or values of weights.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self.moves = 0
+        self.changes = 0
         self._parts: list[nn.Module | None] = []
         self._places: list[int] = []
         self._versions: list[int] = []
@@ -44,6 +46,7 @@ class Watch:
             self.moves += 1
             self._keep()
         if moved or versions != self._versions:
+            self.changes += 1
             self._model.fold()
 
     def obstacle(self) -> str | None:
