@@ -5,7 +5,7 @@
 
 Each candidate is timed as decode steps run it: launch after launch in a CUDA graph, with what comes before and after
 the product, and with another weight every time, so that it comes from memory and not from the L2 cache. GB/s are those
-of the weight alone.
+of the weight alone. Of those that are nearly as fast as the best, whole layers of the models choose (`tune_layers`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from typing import Any
 import click
 
 from headrace.benchmarks.shapes import SHAPES, find_source
+from headrace.benchmarks.tune_layers import has_layers, settled
+from headrace.benchmarks.tune_replay import Replay
 
 MODELS = [name for name in SHAPES if not name.startswith("tiny")]
 _WITH_HEADS = {"BertModel": "BertForMaskedLM"}
@@ -45,7 +48,8 @@ _SKINNY_GATED = {
 }
 _WEIGHT_BYTES = 2.2e9  # of which weights are cut; a head may take most of it
 _MOST_COPIES = 24
-_FINALISTS = 3  # that are timed again, for clocks and neighbours change from one to the next
+_FINALISTS = 6  # that are timed again, for clocks and neighbours change from one to the next
+_NEAR = 1.06  # times the best: so much longer alone may a product take that layers are asked about
 _ROUNDS = 5
 
 
@@ -60,6 +64,7 @@ class Product:
     activation: Any = field(compare=False, default=None)
     bias: bool = field(compare=False, default=False)
     residual: bool = field(compare=False, default=False)
+    dtype: str = field(compare=False, default="bfloat16")
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,13 @@ class Candidate:
     product: Product
     rows: int
     tiles: Any
+
+    @property
+    def shape(self) -> Any:
+        """Of the table."""
+        from headrace.kernels.tuning import LinearShape
+
+        return LinearShape(self.rows, self.product.n, self.product.k, self.product.gated, 2)
 
 
 @click.command(context_settings={"show_default": True})
@@ -92,12 +104,21 @@ def main(models: tuple[str, ...], rows: tuple[int, ...], workers: int, path: Pat
     compile_all(candidates, workers)
     click.echo(f"{gpu}: {len(candidates)} candidates compiled in {time.perf_counter() - started:.0f} s")
     bench = Bench()
-    groups = _grouped(candidates)
-    for ways in groups:
-        row = bench.best(ways)
-        click.echo(_line(row))
-        write_table(path, gpu, [row])  # each at once: an end by force costs only what was not measured
-    click.echo(f"{path}: {len(groups)} products measured in {time.perf_counter() - started:.0f} s")
+    undecided = {}
+    for ways in _grouped(candidates):
+        finalists = bench.finalists(ways)
+        click.echo(_line(finalists[0]))
+        write_table(path, gpu, finalists[:1])  # each at once: an end by force costs only what was not measured
+        undecided[ways[0].shape] = finalists
+    click.echo(f"{len(undecided)} products measured alone in {time.perf_counter() - started:.0f} s")
+    del bench
+    for name, count in product(filter(has_layers, models or MODELS), rows):
+        of_count = {shape: finalists for shape, finalists in undecided.items() if shape.rows == count}
+        for shape, row, saved in settled(name, count, of_count):
+            click.echo(f"{_line(row)}: saves {saved:.1%} of layers of {name}")
+            write_table(path, gpu, [row])
+            del undecided[shape]  # what several models have is as the first of them wants it
+    click.echo(f"{path}: done in {time.perf_counter() - started:.0f} s")
 
 
 def products_of(name: str) -> Iterator[Product]:
@@ -111,15 +132,16 @@ def products_of(name: str) -> Iterator[Product]:
     layer, hidden = spec.layers[0], spec.hidden_size
     norm = None if layer.placement == "post" or layer.residual_from_norm else layer.norm
     heads = layer.attention
-    yield Product(heads.qkv_size, hidden, False, norm=norm, bias=heads.qkv_bias)
-    yield Product(hidden, heads.num_heads * heads.head_dim, False, bias=heads.out_bias, residual=True)
+    make = partial(Product, dtype=find_source(name).dtype)
+    yield make(heads.qkv_size, hidden, False, norm=norm, bias=heads.qkv_bias)
+    yield make(hidden, heads.num_heads * heads.head_dim, False, bias=heads.out_bias, residual=True)
     if layer.cross is not None:
-        yield Product(layer.cross.num_heads * layer.cross.head_dim, hidden, False, norm=norm, bias=layer.cross.qkv_bias)
+        yield make(layer.cross.num_heads * layer.cross.head_dim, hidden, False, norm=norm, bias=layer.cross.qkv_bias)
     mlp = layer.mlp
-    yield Product(mlp.size, hidden, mlp.gated, norm=norm, activation=mlp.activation, bias=mlp.bias)
-    yield Product(hidden, mlp.size, False, bias=mlp.bias, residual=True)
+    yield make(mlp.size, hidden, mlp.gated, norm=norm, activation=mlp.activation, bias=mlp.bias)
+    yield make(hidden, mlp.size, False, bias=mlp.bias, residual=True)
     if spec.head is not None:
-        yield Product(spec.vocab_size, spec.embedding.size, False, bias=spec.head.bias)
+        yield make(spec.vocab_size, spec.embedding.size, False, bias=spec.head.bias)
 
 
 def candidates_of(found: Product, rows: int) -> Iterator[Candidate]:
@@ -164,10 +186,13 @@ class Bench:
 
     def weights(self, found: Product) -> list[Any]:
         """Some weights of that product."""
+        import torch
+
         height = found.n * (2 if found.gated else 1)
         size = height * found.k
         copies = min(_MOST_COPIES, len(self._values) // size)
-        return [self._values[index * size :][:size].view(height, found.k) for index in range(copies)]
+        values = self._values.view(getattr(torch, found.dtype))
+        return [values[index * size :][:size].view(height, found.k) for index in range(copies)]
 
     def call(self, way: Candidate, weights: list[Any]) -> Any:
         """A function that computes the product with each weight."""
@@ -179,7 +204,7 @@ class Bench:
         found = way.product
         height = found.n * (2 if found.gated else 1)
 
-        def random_(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        def random_(*shape: int, dtype: torch.dtype = weights[0].dtype) -> torch.Tensor:
             return torch.randn(shape, device="cuda", dtype=dtype)
 
         before = folded = None
@@ -193,53 +218,28 @@ class Bench:
         around |= {"before": before, "folded": folded}
         return lambda: [linear_triton.run(way.tiles, x, weight, bias, **around) for weight in weights]
 
-    def best(self, ways: list[Candidate]) -> dict[str, Any]:
-        """A row of the table: of ways to compute one product, the fastest that the GPU can hold."""
+    def finalists(self, ways: list[Candidate]) -> list[dict[str, Any]]:
+        """Rows of the table: of ways to compute one product that the GPU can hold, those that are nearly as fast as the
+        fastest, which is the first."""
         from triton.runtime.errors import OutOfResources
 
         found = ways[0].product
         weights = self.weights(found)
-        runs: list[tuple[float, int, _Replay]] = []
+        runs: list[tuple[float, int, Replay]] = []
         for index, way in enumerate(ways):
             with suppress(OutOfResources):
-                replay = _Replay(self.call(way, weights))
+                replay = Replay(self.call(way, weights))
                 runs = sorted([*runs, (replay.us(), index, replay)])[:_FINALISTS]
         rounds = [[replay.us() for _, _, replay in runs] for _ in range(_ROUNDS)]
-        us, index = min(zip(map(statistics.median, zip(*rounds, strict=True)), (run[1] for run in runs), strict=True))
-        us /= len(weights)
-        shape = {"rows": ways[0].rows, "n": found.n, "k": found.k, "gated": found.gated, "itemsize": 2}
-        figures = {"us": round(us, 2), "gb_s": round(weights[0].nbytes / us / 1e3)}
-        return shape | asdict(ways[index].tiles) | figures
-
-
-class _Replay:
-    """A call as a CUDA graph."""
-
-    def __init__(self, call: Any) -> None:
-        import torch
-
-        self._call = call  # with what the graph reads
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            call()
-
-    def us(self) -> float:
-        """Microseconds that it takes, the first time not counted."""
-        import torch
-
-        times: list[float] = []
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        for _ in range(6):
-            start.record()
-            self._graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-        return float(statistics.median(times[1:]))
+        medians = map(statistics.median, zip(*rounds, strict=True))
+        times = sorted(zip((each / len(weights) for each in medians), (run[1] for run in runs), strict=True))
+        return [
+            asdict(ways[0].shape)
+            | asdict(ways[index].tiles)
+            | {"us": round(us, 2), "gb_s": round(weights[0].nbytes / us / 1e3)}
+            for us, index in times
+            if us <= _NEAR * times[0][0]
+        ]
 
 
 def compile_all(candidates: list[Candidate], workers: int) -> None:
