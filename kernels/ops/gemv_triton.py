@@ -20,7 +20,7 @@ import triton.language as tl
 from headrace.kernels.ops.activation_triton import activated
 from headrace.kernels.ops.chain_triton import let_next_begin, wait_for_earlier
 
-__all__ = ["gemv"]
+__all__ = ["add", "begin", "columns", "constants", "end", "gemv", "places", "walk", "weights"]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -50,34 +50,117 @@ def gemv(
 ):
     """Columns BLOCK_N of the product of up to ROWS rows; LANE weights are one load of a thread."""
     let_next_begin(CHAINED)
-    first = tl.program_id(0) * BLOCK_N
-    n = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1) - first  # past the end, the last one again
+    columns(
+        tl.program_id(0), x, weight, bias, norm_weight, folded, residual, out, x_stride, residual_stride, num_rows, eps,
+        N, K, NORM, UNIT_OFFSET, ACTIVATION, GATED, CHAINED, ROWS, BLOCK_N, BLOCK_K, LANE,
+    )  # fmt: skip
+
+
+@triton.jit
+def columns(
+    tile,
+    x,
+    weight,
+    bias,
+    norm_weight,
+    folded,
+    residual,
+    out,
+    x_stride,
+    residual_stride,
+    num_rows,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    CHAINED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LANE: tl.constexpr,
+):
+    """All that a program does for its tile of columns, the wait for earlier kernels included."""
+    first = tile * BLOCK_N
+    gate = places(weight, first, N, K, BLOCK_N, BLOCK_K)
     k = tl.arange(0, BLOCK_K)
-    gate = weight + first.to(tl.int64) * K + (n[:, None] * K + k[None, :])
     up = gate + N * K
     # Weights are there before what comes before is done; what they are multiplied with is not.
-    w = _weights(gate, k, 0, K, BLOCK_K)
-    v = _weights(up, k, 0, K, BLOCK_K) if GATED else w
+    w = weights(gate, k, 0, K, BLOCK_K)
+    v = weights(up, k, 0, K, BLOCK_K) if GATED else w
     column = first + tl.arange(0, BLOCK_N)
-    of_gate = _constants(bias, folded, column, column < N, N * (2 if GATED else 1), NORM)
-    of_up = _constants(bias, folded, N + column, column < N, 2 * N, NORM) if GATED else of_gate
+    of_gate = constants(bias, folded, column, column < N, N * (2 if GATED else 1), NORM)
+    of_up = constants(bias, folded, N + column, column < N, 2 * N, NORM) if GATED else of_gate
     wait_for_earlier(CHAINED)
 
-    sources, pivots, addends, sums = _begin(
+    sources, pivots, addends, sums = begin(
         x, x_stride, residual, residual_stride, num_rows, column, N, NORM, ROWS, BLOCK_N, BLOCK_K, LANE
     )
-    # The next tile is on its way while one is added up.
-    for begin in range(0, K - BLOCK_K, BLOCK_K):
-        next_w = _weights(gate, k, begin + BLOCK_K, K, BLOCK_K)
-        next_v = _weights(up, k, begin + BLOCK_K, K, BLOCK_K) if GATED else next_w
-        sums = _add(
-            sums, w, v, sources, pivots, norm_weight, begin + k, K, NORM, UNIT_OFFSET, GATED, ROWS, BLOCK_K, LANE
-        )
+    sums, w, v = walk(
+        sums, w, v, gate, up, sources, pivots, norm_weight, k, K, NORM, UNIT_OFFSET, GATED, ROWS, BLOCK_K, LANE
+    )
+    last = (K - 1) // BLOCK_K * BLOCK_K
+    sums = add(sums, w, v, sources, pivots, norm_weight, last + k, K, NORM, UNIT_OFFSET, GATED, ROWS, BLOCK_K, LANE)
+    end(sums, of_gate, of_up, addends, out, column, num_rows, eps, N, K, NORM, ACTIVATION, GATED, ROWS)
+
+
+@triton.jit
+def places(weight, first, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where the first tile of some rows of the weight is."""
+    n = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1) - first  # past the end, the last one again
+    k = tl.arange(0, BLOCK_K)
+    return weight + first.to(tl.int64) * K + (n[:, None] * K + k[None, :])
+
+
+@triton.jit
+def walk(
+    sums,
+    w,
+    v,
+    gate,
+    up,
+    sources,
+    pivots,
+    norm_weight,
+    k,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LANE: tl.constexpr,
+):
+    """The sums with those of all tiles but the last, and the last; the next is on its way while one is added up."""
+    for at in range(0, K - BLOCK_K, BLOCK_K):
+        next_w = weights(gate, k, at + BLOCK_K, K, BLOCK_K)
+        next_v = weights(up, k, at + BLOCK_K, K, BLOCK_K) if GATED else next_w
+        sums = add(sums, w, v, sources, pivots, norm_weight, at + k, K, NORM, UNIT_OFFSET, GATED, ROWS, BLOCK_K, LANE)
         w = next_w
         v = next_v
-    last = (K - 1) // BLOCK_K * BLOCK_K
-    sums = _add(sums, w, v, sources, pivots, norm_weight, last + k, K, NORM, UNIT_OFFSET, GATED, ROWS, BLOCK_K, LANE)
+    return sums, w, v
 
+
+@triton.jit
+def end(
+    sums,
+    of_gate,
+    of_up,
+    addends,
+    out,
+    column,
+    num_rows,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Write what comes out of the sums."""
     gates, ups, means, squares = sums
     for row in tl.static_range(ROWS):
         value = tl.sum(gates[row], axis=1)
@@ -100,12 +183,12 @@ def gemv(
 
 
 @triton.jit
-def _weights(places, k, begin, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def weights(places, k, at, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile of the weight as it is stored; `_numbers` makes numbers of it."""
     if K % BLOCK_K == 0:
-        tile = tl.load(places + begin, eviction_policy="evict_first")
+        tile = tl.load(places + at, eviction_policy="evict_first")
     else:
-        tile = tl.load(places + begin, mask=(begin + k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        tile = tl.load(places + at, mask=(at + k < K)[None, :], other=0.0, eviction_policy="evict_first")
     return tile
 
 
@@ -115,7 +198,7 @@ def _numbers(tile):
 
 
 @triton.jit
-def _constants(bias, folded, column, held, N: tl.constexpr, NORM: tl.constexpr):
+def constants(bias, folded, column, held, N: tl.constexpr, NORM: tl.constexpr):
     """What of a layer norm is to be taken off for a mean of 1, and all that is to be added."""
     taken = 0.0
     added = 0.0
@@ -128,7 +211,7 @@ def _constants(bias, folded, column, held, N: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def _begin(
+def begin(
     x,
     x_stride,
     residual,
@@ -165,7 +248,7 @@ def _begin(
 
 
 @triton.jit
-def _add(
+def add(
     sums,
     w,
     v,
