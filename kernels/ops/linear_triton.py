@@ -46,7 +46,7 @@ def linear(
 ) -> Tensor:
     """As `headrace.kernels.ops.linear.linear`."""
     return run(
-        _tiles(x, weight, gated),
+        tiles_of(x, weight, gated),
         x,
         weight,
         bias,
@@ -94,7 +94,8 @@ def run(
     return out
 
 
-def _tiles(x: Tensor, weight: Tensor, gated: bool) -> Tiles:
+def tiles_of(x: Tensor, weight: Tensor, gated: bool) -> Tiles:
+    """How `linear` computes a product of `x` [T, in]."""
     ours = 0 < len(x) <= MOST_ROWS and weight.dtype in _DTYPES and not weight.is_mkldnn and weight.is_contiguous()
     if not ours:
         return Tiles("torch")

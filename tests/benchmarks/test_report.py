@@ -13,7 +13,14 @@ from headrace.benchmarks.report import PHASES, Report, Row, amount, read_report,
 from headrace.benchmarks.shapes import SHAPES
 from headrace.benchmarks.traces import kernel_lines, kind_of
 from headrace.errors import ConfigError
-from headrace.kernels.ops import attend_triton, decode_triton, experts_triton, gemv_triton, skinny_triton
+from headrace.kernels.ops import (
+    attend_triton,
+    decode_triton,
+    experts_triton,
+    gemv_triton,
+    gemv_two_triton,
+    skinny_triton,
+)
 from headrace.scripts.main import cli
 
 FACTS = {"device": "NVIDIA H200", "date": "2026-11-25", "read GB/s": 4380.0, "ceilings": {"read": 4.38e12}}
@@ -140,7 +147,7 @@ def test_pictures_of_a_file(tmp_path):
 
 def test_kinds_of_our_kernels():
     """By the names that a profiler shows: those of their functions."""
-    products = [gemv_triton.gemv, skinny_triton.skinny]
+    products = [gemv_triton.gemv, skinny_triton.skinny, gemv_two_triton.gemv_both, gemv_two_triton.gemv_sum]
     products += [experts_triton._product, experts_triton._up, experts_triton._down]
 
     assert {kind_of(kernel.__name__) for kernel in products} == {"matmul"}

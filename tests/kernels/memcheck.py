@@ -32,6 +32,7 @@ from headrace.kernels.ops.embedding import embed
 from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.linear import linear, share_norm
+from headrace.kernels.ops.linears import linear_both, linear_sum
 from headrace.kernels.ops.norm import norm
 from headrace.kernels.ops.placement import EXPECTED, place
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
@@ -43,6 +44,8 @@ from tests.kernels.test_pairs import ACTIVATIONS, CROWDS, NORMS, QK_NORMS, make_
 from tests.kernels.test_pairs_attention import EXTRAS, make_spec
 from tests.kernels.test_pairs_embedding import make as make_tokens
 from tests.kernels.test_pairs_linear import AROUND, FEW, SKINNY, make
+from tests.kernels.test_pairs_linears import AROUND as AROUND_BOTH
+from tests.kernels.test_pairs_linears import BIASES, BOTH, MANY, SUMMED, SUMS, make_both, make_sum, projection
 from tests.kernels.test_sampling_gpu import make_rows
 from tests.support.batches import make_batch
 from tests.support.kernels import Kernels
@@ -82,6 +85,25 @@ def linear_cases() -> Iterator[Case]:
         given = make(*case)
         arguments = [given.pop(name) for name in ("x", "weight", "bias")]
         yield str(case), lambda run, arguments=arguments, given=given: run(linear, *arguments, **given)
+
+
+def linear_both_cases() -> Iterator[Case]:
+    """Likewise; the first is the larger one, and the second."""
+    for case in [
+        *product([HALF], [*BOTH, *MANY, (0, 10, 5, 72)], AROUND_BOTH[3:5]),
+        *product([FLOAT], BOTH[:1], AROUND_BOTH),
+    ]:
+        first, second = make_both(*case)
+        arguments = first["x"], projection(first), projection(second)
+        yield str(case), lambda run, arguments=arguments: run(linear_both, *arguments)
+
+
+def linear_sum_cases() -> Iterator[Case]:
+    """Likewise, of two depths; with and without biases."""
+    for case in product(DTYPES, [*SUMS, (5, 33, 128, 600), (0, 10, 72, 40)], [BIASES[0], BIASES[3]]):
+        given, _ = make_sum(*case)
+        arguments, residual = [given[name] for name in SUMMED], given["residual"]
+        yield str(case), lambda run, given=(arguments, residual): run(linear_sum, *given[0], residual=given[1])
 
 
 def share_norm_cases() -> Iterator[Case]:
@@ -334,6 +356,8 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "experts": experts_cases,
     "full_attention": full_attention_cases,
     "linear": linear_cases,
+    "linear_both": linear_both_cases,
+    "linear_sum": linear_sum_cases,
     "norm": norm_cases,
     "paged_attention": paged_attention_cases,
     "place": place_cases,

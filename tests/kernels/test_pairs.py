@@ -72,6 +72,8 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "experts",
         "full_attention",
         "linear",
+        "linear_both",
+        "linear_sum",
         "norm",
         "paged_attention",
         "place",

@@ -1,0 +1,142 @@
+"""Two products in one launch where both are of few rows, for which reading weights is all that takes time; otherwise
+they are computed one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from headrace.kernels.ops.chain_triton import chained
+from headrace.kernels.ops.gemv_two_triton import gemv_both, gemv_sum
+from headrace.kernels.ops.linear_triton import linear, tiles_of
+from headrace.kernels.ops.linears import Projection
+from headrace.kernels.ops.math_triton import OPTIONS
+from headrace.kernels.tuning import Tiles, row_bucket
+
+__all__ = ["linear_both", "linear_sum"]
+
+# A sum of two products needs a few registers more than a product: of threads whose tile fills so many, just more than
+# four programs of four warps can have. ptxas finds a way with those if it must; where it need not, it would take more.
+_LARGE_TILE = 32
+_MOST_REGISTERS = 128
+
+
+def linear_both(x: Tensor, first: Projection, second: Projection) -> tuple[Tensor, Tensor]:
+    """As `headrace.kernels.ops.linears.linear_both`."""
+    tiles = _common_tiles((x, first.weight, first.gated), (x, second.weight, second.gated))
+    if tiles is None or not _have_one_norm(first, second):
+        return linear(x, **first._asdict()), linear(x, **second._asdict())
+    x = _in_rows(x)
+    sizes = [len(part.weight) // (2 if part.gated else 1) for part in (first, second)]
+    out, other_out = (torch.empty((len(x), size), dtype=x.dtype, device=x.device) for size in sizes)
+    spec = None if first.before is None else first.before.spec
+    gemv_both[(sum(triton.cdiv(size, tiles.block_n) for size in sizes),)](
+        x,
+        *_arguments(first),
+        out,
+        *_arguments(second),
+        other_out,
+        x.stride(0),
+        len(x),
+        0.0 if spec is None else spec.eps,
+        N=sizes[0],
+        OTHER_N=sizes[1],
+        K=first.weight.shape[1],
+        NORM=None if spec is None else spec.kind,
+        UNIT_OFFSET=spec is not None and spec.unit_offset,
+        ACTIVATION=first.activation,
+        OTHER_ACTIVATION=second.activation,
+        GATED=first.gated,
+        OTHER_GATED=second.gated,
+        **_settings(tiles, x, first.weight),
+    )
+    return out, other_out
+
+
+def linear_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor,
+    other_weight: Tensor,
+    other_bias: Tensor | None,
+    *,
+    residual: Tensor,
+) -> Tensor:
+    """As `headrace.kernels.ops.linears.linear_sum`."""
+    tiles = _common_tiles((x, weight, False), (other, other_weight, False))
+    if tiles is None:
+        return linear(other, other_weight, other_bias, residual=linear(x, weight, bias, residual=residual))
+    x, other, residual = map(_in_rows, (x, other, residual))
+    out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    gemv_sum[(triton.cdiv(len(weight), tiles.block_n),)](
+        x,
+        weight,
+        bias,
+        other,
+        other_weight,
+        other_bias,
+        residual,
+        out,
+        x.stride(0),
+        other.stride(0),
+        residual.stride(0),
+        len(x),
+        N=len(weight),
+        K=weight.shape[1],
+        OTHER_K=other_weight.shape[1],
+        **_settings(tiles, x, weight),
+        **_bounded(tiles, weight),
+    )
+    return out
+
+
+def _common_tiles(*products: tuple[Tensor, Tensor, bool]) -> Tiles | None:
+    """The tiles of the larger of some products (input, weight, whether it is gated), in which all can be computed at
+    once; None if some are better computed otherwise."""
+    tiles = [tiles_of(*product) for product in products]
+    if any(found.kernel != "gemv" for found in tiles):
+        return None
+    sizes = [weight.numel() for _, weight, _ in products]
+    return tiles[sizes.index(max(sizes))]
+
+
+def _have_one_norm(first: Projection, second: Projection) -> bool:
+    """Whether a kernel can take the norms of both, whose scales and shifts may differ, or neither has one."""
+    if first.before is None or second.before is None:
+        return first.before is second.before
+    known = first.before.spec.kind != "layer" or (first.folded is not None and second.folded is not None)
+    return known and first.before.spec == second.before.spec
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _arguments(part: Projection) -> tuple[Tensor | None, ...]:
+    """What a kernel reads of a projection: weight, bias, scale of the norm, and what is folded into the product."""
+    norm = part.before
+    folded = part.folded if norm is not None and norm.spec.kind == "layer" else None
+    return part.weight, part.bias, None if norm is None else norm.weight, folded
+
+
+def _settings(tiles: Tiles, x: Tensor, weight: Tensor) -> dict[str, Any]:
+    return {
+        "ROWS": row_bucket(len(x)),
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "LANE": 16 // weight.element_size(),
+        "num_warps": tiles.warps,
+        "num_stages": 1,
+        **chained(x.device),
+        **OPTIONS,
+    }
+
+
+def _bounded(tiles: Tiles, weight: Tensor) -> dict[str, Any]:
+    """A bound for the registers of `gemv_sum`, if it needs one."""
+    size = tiles.block_n * tiles.block_k * weight.element_size() // (4 * 32 * tiles.warps)
+    return {"maxnreg": _MOST_REGISTERS} if size == _LARGE_TILE else {}
