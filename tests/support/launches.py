@@ -56,7 +56,9 @@ def _noting(module: str, name: str) -> Callable[..., Any]:
     def op(*args: Any, **kwargs: Any) -> Any:
         with patch.object(pair, "_on_cpu", False):
             result = reference(*args, **kwargs)
-        kernel(*args, **kwargs)
+        launched = kernel(*args, **kwargs)
+        if name == "share_norm" and launched[1] is not None:
+            return launched  # the norm is left to the products, which are launched with it
         return result
 
     return op
