@@ -7,6 +7,7 @@ the addend (`headrace.kernels.ops.linear`).
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.linear import Linear
@@ -15,9 +16,11 @@ from headrace.kernels.norm import Norm
 from headrace.kernels.ops.attention import paged_attention
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.linear import share_norm
+from headrace.kernels.ops.linears import linear_both, linear_sum
 from headrace.kernels.ops.norm import NormWeights
 from headrace.kernels.ops.self_attention import rotate_and_attend
 from headrace.kernels.spec import AttentionSpec, LayerSpec, NormSpec
+from headrace.kernels.tuning import GEMV_ROWS
 
 __all__ = ["Block", "CrossAttention"]
 
@@ -90,7 +93,7 @@ class Block(nn.Module):
             return self._parallel(x, *around)
         assert self.mlp_norm is not None
         x, before = self._entered(x, self.attention_norm)
-        attended = self._attended(x, before, *around)
+        attended = self._attended(self.qkv(x, before=before), *around)
         if self.after_attention is not None:
             x = self.after_attention(self.out(attended), residual=x)
         else:
@@ -142,24 +145,29 @@ class Block(nn.Module):
     ) -> Tensor:
         first, second = self.attention_norm.weights, None if self.mlp_norm is None else self.mlp_norm.weights
         read, before = (x, first) if second is not None else share_norm(x, first)
-        attended = self._attended(read, before, batch, cache, cos_sin, table)
+        around, mlp = (batch, cache, cos_sin, table), self.mlp
+        if len(x) <= GEMV_ROWS and isinstance(mlp, MLP) and _are_plain(mlp, self.qkv, mlp.up, mlp.down, self.out):
+            # What does not wait for attention is computed with what does, so that each needs one launch.
+            up = mlp.up.projection(second or before, mlp.spec.activation, gated=mlp.spec.gated)
+            qkv, inner = linear_both(read, self.qkv.projection(before), up)
+            attended, down, last = self._attended(qkv, *around), mlp.down, self.out
+            return linear_sum(inner, down.weight, down.bias, attended, last.weight, last.bias, residual=x)
+        attended = self._attended(self.qkv(read, before=before), *around)
         # Attention has read x by now, so the sum may take its place.
-        x = self.mlp(read, second or before, residual=x)
+        x = mlp(read, second or before, residual=x)
         out: Tensor = self.out(attended, residual=x)
         return out
 
     def _attended(
         self,
-        x: Tensor,
-        before: NormWeights | None,
+        qkv: Tensor,
         batch: Batch,
         cache: tuple[Tensor, Tensor] | None,
         cos_sin: Tensor | None,
         table: Tensor | None,
     ) -> Tensor:
-        """What attention says, [T, heads * head dim], to the normalized x."""
+        """What attention says, [T, heads * head dim], to queries, keys and values."""
         spec, rotary = self.spec.attention, self.spec.rotary
-        qkv = self.qkv(x, before=before)
         if not spec.causal:
             return full_attention(qkv, batch, spec, table)
         assert cache is not None, "causal attention reads what came before"
@@ -176,3 +184,15 @@ class Block(nn.Module):
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
         )
+
+
+def _are_plain(mlp: MLP, *products: Linear) -> bool:
+    """Whether to call them is to compute the products: they are ours, whatever an owner may put in their places, and
+    nobody has hooked in."""
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        return False
+    if type(mlp) is not MLP or any(type(product) is not Linear for product in products):
+        return False
+    return not any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in (mlp, *products)
+    )

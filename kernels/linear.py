@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from headrace.kernels.norm import Norm
 from headrace.kernels.ops.linear import fold_norm, linear, pack_weight
+from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.norm import NormWeights
 from headrace.kernels.spec import Activation
 
@@ -45,6 +46,13 @@ class Linear(nn.Module):
             gated=gated,
             residual=residual,
         )
+
+    def projection(
+        self, before: NormWeights | None = None, activation: Activation | None = None, *, gated: bool = False
+    ) -> Projection:
+        """What `forward` would compute with, for ops of several products."""
+        folded = None if before is None else self._folded
+        return Projection(self.weight, self.bias, before, folded, activation, gated)
 
     def pack(self) -> None:
         """Bring the weight into the layout that its device multiplies fastest; nothing can be read from it then."""

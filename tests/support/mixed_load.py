@@ -13,7 +13,7 @@ from headrace.workers.warmup import _OPTIONS
 
 __all__ = ["MIXED_LOAD_CONFIG", "MIXED_LOAD_FAMILIES", "run_mixed_load"]
 
-MIXED_LOAD_FAMILIES = ["llama", "qwen2-tied", "gpt2", "gemma2", "bloom", "mixtral", "t5"]
+MIXED_LOAD_FAMILIES = ["llama", "qwen2-tied", "gpt2", "gemma2", "bloom", "gptj", "mixtral", "t5"]
 
 # So few blocks that streams give way to others.
 MIXED_LOAD_CONFIG: dict[str, Any] = {"kv_tokens": 640, "max_num_seqs": 20, "max_batch_tokens": 300}

@@ -155,3 +155,15 @@ def test_what_a_reference_does_is_no_launch(tmp_path, monkeypatch):
     assert "_decode" in names
     assert not names & {"_rotate_and_cache", "_attend"}
     assert all(dict(key[2:])["NEWEST"] for key in compiled if key[1] == "_decode")
+
+
+@noting
+def test_a_norm_that_is_left_to_products_is_launched_with_them(tmp_path, monkeypatch):
+    """The reference of `share_norm` leaves none, so noted were products that no GPU launches for one row."""
+    monkeypatch.setattr(Model, "pack", Model.fold)
+    save_model(tmp_path, "gptj")
+    engine = load_engine(tmp_path, EngineConfig(kv_tokens=256))
+    with noted_launches() as compiled:
+        run(engine, [assign([5], max_tokens=3)])
+    products = [dict(key[2:]) for key in compiled if key[1] == "gemv_both"]
+    assert [(product["ROWS"], product["NORM"]) for product in products] == [(1, "layer")]
