@@ -16,7 +16,8 @@ _SHOWN = 16
 _KINDS = {
     "attention": re.compile(r"attend|attention|flash|fmha|sdpa|softmax|^_decode$", re.IGNORECASE),
     "matmul": re.compile(
-        r"gemm|gemv|skinny|linear|matmul|cutlass|nvjet|splitk|::(add|b|baddb)?mm\b|^_(product|up|down)$", re.IGNORECASE
+        r"gemm|gemv|skinny|linear|matmul|cutlass|nvjet|splitk|::(add|b|baddb)?mm\b|^(keep|_product|_up|_down)$",
+        re.IGNORECASE,
     ),
 }
 

@@ -146,27 +146,51 @@ def products_of(name: str) -> Iterator[Product]:
 
 def candidates_of(found: Product, rows: int) -> Iterator[Candidate]:
     """All ways worth a try."""
-    import torch
-
-    from headrace.kernels.tuning import GEMV_ROWS, Tiles, whole_splits
+    from headrace.kernels.tuning import GEMV_ROWS, KEPT
 
     if rows > 1:
-        yield Candidate(found, rows, Tiles("torch"))
+        yield _way(found, rows, "torch")
     if rows <= GEMV_ROWS:
         for block_n, (block_k, warps) in product((2, 4, 8), _GEMV_DEPTHS):
             values = block_n * block_k // (32 * warps) * (2 if found.gated else 1)  # that a thread loads at once
             if (16 <= values <= 64 if rows == 1 else values == 32) and block_k < 2 * found.k:
-                yield Candidate(found, rows, Tiles("gemv", block_n, block_k, warps))
+                yield _way(found, rows, "gemv", block_n, block_k, warps)
+    if rows == 1 and found.norm is not None and found.k <= KEPT:
+        yield from _keep_ways(found)
     if rows > 2:
-        processors = torch.cuda.get_device_properties().multi_processor_count
-        limit = next(limit for limit in _SKINNY if rows <= limit)
-        for block_n, block_k, warps, stages in (_SKINNY_GATED if found.gated else _SKINNY)[limit]:
-            tiles = -(-found.n // block_n)
-            fill = (1, 2) if rows <= 64 else (0.5, 1, 2)  # adding up parts costs with rows
-            wanted = {max(1, min(8, int(each * processors / tiles))) for each in fill}
-            for splits in sorted({whole_splits(found.k, block_k, count) for count in wanted}):
-                for early in (False, True):
-                    yield Candidate(found, rows, Tiles("skinny", block_n, block_k, warps, stages, splits, early))
+        yield from _skinny_ways(found, rows)
+
+
+def _keep_ways(found: Product) -> Iterator[Candidate]:
+    block_k = 1 << (found.k - 1).bit_length()
+    for block_n, warps, programs in product((1, 2, 4), (2, 4, 8), (2, 3, 4, 6)):
+        if block_n * block_k // (32 * warps) * (2 if found.gated else 1) in (32, 64):
+            yield _way(found, 1, "keep", block_n, block_k, warps, programs=programs * _processors())
+
+
+def _skinny_ways(found: Product, rows: int) -> Iterator[Candidate]:
+    from headrace.kernels.tuning import whole_splits
+
+    limit = next(limit for limit in _SKINNY if rows <= limit)
+    for block_n, block_k, warps, stages in (_SKINNY_GATED if found.gated else _SKINNY)[limit]:
+        tiles = -(-found.n // block_n)
+        fill = (1, 2) if rows <= 64 else (0.5, 1, 2)  # adding up parts costs with rows
+        wanted = {max(1, min(8, int(each * _processors() / tiles))) for each in fill}
+        for splits in sorted({whole_splits(found.k, block_k, count) for count in wanted}):
+            for early in (False, True):
+                yield _way(found, rows, "skinny", block_n, block_k, warps, stages, splits, early=early)
+
+
+def _way(found: Product, rows: int, *tiles: Any, **more: Any) -> Candidate:
+    from headrace.kernels.tuning import Tiles
+
+    return Candidate(found, rows, Tiles(*tiles, **more))
+
+
+def _processors() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties().multi_processor_count
 
 
 def _grouped(candidates: list[Candidate]) -> Collection[list[Candidate]]:

@@ -21,6 +21,7 @@ import torch
 
 __all__ = [
     "GEMV_ROWS",
+    "KEPT",
     "MOST_ROWS",
     "LinearShape",
     "Tiles",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 MOST_ROWS = 128  # more share a weight so well that it is not what a product waits for
+KEPT = 8192  # values of a row that a program can keep; of more, too few rows of the weight would be on their way
 GEMV_ROWS = 4  # each costs the cores one multiplication a weight, which is about as long as it takes to come
 _BUCKETS = (1, 2, 4, 16, 32, 64, 128)
 
@@ -41,6 +43,7 @@ _SMALL = 2**23  # weights of a product that takes no longer than the launches ar
 _FEW = 2**22  # weights that do not keep a GPU busy in tiles of four rows
 
 _INTERPRETED_ROWS = 64  # of a weight
+_INTERPRETED_PROGRAMS = 2
 
 # What stands in for a GPU that is not known: the smallest of today's data centers.
 _PROCESSORS = 108
@@ -71,21 +74,24 @@ class Tiles:
     """How it is computed.
 
     Attributes:
-        kernel: gemv and skinny are ours (`headrace.kernels.ops`); torch leaves it to PyTorch, with our kernels around.
+        kernel: gemv, keep and skinny are ours (`headrace.kernels.ops`); torch leaves it to PyTorch, with our kernels
+            around.
         block_n: rows of the weight that a program takes, with a gate as many twice.
         block_k: depth of a tile.
         warps: of a program.
         stages: tiles in flight.
         splits: parts of the depth that are programs of their own.
+        programs: that share the rows of the weight among them (keep).
         early: whether a program's first tile of the weight is fetched before the kernel before is done (skinny).
     """
 
-    kernel: Literal["gemv", "skinny", "torch"]
+    kernel: Literal["gemv", "keep", "skinny", "torch"]
     block_n: int = 0
     block_k: int = 0
     warps: int = 0
     stages: int = 1
     splits: int = 1
+    programs: int = 0
     early: bool = False
 
 
@@ -107,6 +113,8 @@ def tiles_for(shape: LinearShape, device: torch.device) -> Tiles:
 
 def guess(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
     """What is likely to be good: learned from what was measured on an H200."""
+    if shape.rows == 1 and shape.itemsize == 2 and shape.k <= KEPT and (shape.gated or shape.n > shape.k):
+        return _guess_keep(shape, processors)
     if shape.rows <= 2 or (shape.rows <= GEMV_ROWS and (shape.itemsize == 4 or not shape.gated)):
         return _guess_gemv(shape)
     if shape.itemsize != 2 or (shape.rows > 64 and shape.n * shape.k > _SMALL):
@@ -116,7 +124,17 @@ def guess(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
 
 def _interpreted(tiles: Tiles) -> Tiles:
     """For Triton's interpreter, which takes as long for a program of a few rows as for one of many."""
+    if tiles.kernel == "keep":
+        return replace(tiles, block_n=_INTERPRETED_ROWS, programs=_INTERPRETED_PROGRAMS)
     return replace(tiles, block_n=_INTERPRETED_ROWS) if tiles.kernel == "gemv" else tiles
+
+
+def _guess_keep(shape: LinearShape, processors: int) -> Tiles:
+    """For what is likely to come after a norm: products with fewer rows in than out."""
+    block_k = 1 << (shape.k - 1).bit_length()
+    warps = max(1, min(8, block_k // 512))
+    rows = 32 * 32 * warps // block_k // (2 if shape.gated else 1)  # of which a thread holds 32 values
+    return Tiles("keep", block_n=max(1, rows), block_k=block_k, warps=warps, programs=3 * processors)
 
 
 def _guess_gemv(shape: LinearShape) -> Tiles:

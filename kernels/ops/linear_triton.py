@@ -12,6 +12,7 @@ from torch import Tensor
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.chain_triton import chained
 from headrace.kernels.ops.gemv_triton import gemv
+from headrace.kernels.ops.keep_launch import Kept, launch_keep
 from headrace.kernels.ops.linear import product
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.norm import NormWeights, norm
@@ -79,7 +80,7 @@ def run(
 ) -> Tensor:
     """`linear` with tiles that are given; for measurements."""
     assert activation is not None or not gated, "a gate has an activation"
-    if before is not None and (tiles.kernel != "gemv" or (before.spec.kind == "layer" and folded is None)):
+    if before is not None and not norms(tiles, before, folded):
         x, before = norm(x, *before), None
     if tiles.kernel == "torch":
         return _torch(x, weight, bias, activation, gated, residual)
@@ -87,7 +88,9 @@ def run(
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     out = torch.empty((len(x), len(weight) // (2 if gated else 1)), dtype=x.dtype, device=x.device)
-    if tiles.kernel == "gemv":
+    if tiles.kernel == "keep":
+        launch_keep(tiles, x, Kept(weight, bias, before, activation, gated, out), residual=residual)
+    elif tiles.kernel == "gemv":
         _gemv(tiles, x, weight, bias, before, folded, activation, gated, residual, out)
     else:
         _skinny(tiles, x, weight, bias, activation, gated, residual, out)
@@ -101,6 +104,13 @@ def tiles_of(x: Tensor, weight: Tensor, gated: bool) -> Tiles:
         return Tiles("torch")
     n, k = len(weight) // (2 if gated else 1), weight.shape[1]
     return tiles_for(LinearShape(row_bucket(len(x)), n, k, gated, weight.element_size()), x.device)
+
+
+def norms(tiles: Tiles, before: NormWeights | None, folded: Tensor | None) -> bool:
+    """Whether a kernel takes a norm itself, or there is none."""
+    if before is None or tiles.kernel == "keep":
+        return True
+    return tiles.kernel == "gemv" and (before.spec.kind == "rms" or folded is not None)
 
 
 def _torch(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from headrace.kernels.ops.chain_triton import chained
 from headrace.kernels.ops.gemv_two_triton import gemv_both, gemv_sum
-from headrace.kernels.ops.linear_triton import linear, tiles_of
+from headrace.kernels.ops.keep_launch import Kept, launch_keep
+from headrace.kernels.ops.linear_triton import linear, norms, tiles_of
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.tuning import Tiles, row_bucket
@@ -27,11 +28,14 @@ _MOST_REGISTERS = 128
 def linear_both(x: Tensor, first: Projection, second: Projection) -> tuple[Tensor, Tensor]:
     """As `headrace.kernels.ops.linears.linear_both`."""
     tiles = _common_tiles((x, first.weight, first.gated), (x, second.weight, second.gated))
-    if tiles is None or not _have_one_norm(first, second):
+    if tiles is None or not _have_one_norm(tiles, first, second):
         return linear(x, **first._asdict()), linear(x, **second._asdict())
     x = _in_rows(x)
     sizes = [len(part.weight) // (2 if part.gated else 1) for part in (first, second)]
     out, other_out = (torch.empty((len(x), size), dtype=x.dtype, device=x.device) for size in sizes)
+    if tiles.kernel == "keep":
+        launch_keep(tiles, x, _kept(first, out), _kept(second, other_out))
+        return out, other_out
     spec = None if first.before is None else first.before.spec
     gemv_both[(sum(triton.cdiv(size, tiles.block_n) for size in sizes),)](
         x,
@@ -68,7 +72,7 @@ def linear_sum(
 ) -> Tensor:
     """As `headrace.kernels.ops.linears.linear_sum`."""
     tiles = _common_tiles((x, weight, False), (other, other_weight, False))
-    if tiles is None:
+    if tiles is None or tiles.kernel != "gemv":
         return linear(other, other_weight, other_bias, residual=linear(x, weight, bias, residual=residual))
     x, other, residual = map(_in_rows, (x, other, residual))
     out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
@@ -98,22 +102,26 @@ def _common_tiles(*products: tuple[Tensor, Tensor, bool]) -> Tiles | None:
     """The tiles of the larger of some products (input, weight, whether it is gated), in which all can be computed at
     once; None if some are better computed otherwise."""
     tiles = [tiles_of(*product) for product in products]
-    if any(found.kernel != "gemv" for found in tiles):
+    if {found.kernel for found in tiles} not in ({"gemv"}, {"keep"}):
         return None
     sizes = [weight.numel() for _, weight, _ in products]
     return tiles[sizes.index(max(sizes))]
 
 
-def _have_one_norm(first: Projection, second: Projection) -> bool:
+def _have_one_norm(tiles: Tiles, first: Projection, second: Projection) -> bool:
     """Whether a kernel can take the norms of both, whose scales and shifts may differ, or neither has one."""
     if first.before is None or second.before is None:
         return first.before is second.before
-    known = first.before.spec.kind != "layer" or (first.folded is not None and second.folded is not None)
+    known = all(norms(tiles, part.before, part.folded) for part in (first, second))
     return known and first.before.spec == second.before.spec
 
 
 def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _kept(part: Projection, out: Tensor) -> Kept:
+    return Kept(part.weight, part.bias, part.before, part.activation, part.gated, out)
 
 
 def _arguments(part: Projection) -> tuple[Tensor | None, ...]:

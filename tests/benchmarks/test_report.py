@@ -19,6 +19,7 @@ from headrace.kernels.ops import (
     experts_triton,
     gemv_triton,
     gemv_two_triton,
+    keep_triton,
     skinny_triton,
 )
 from headrace.scripts.main import cli
@@ -148,7 +149,7 @@ def test_pictures_of_a_file(tmp_path):
 def test_kinds_of_our_kernels():
     """By the names that a profiler shows: those of their functions."""
     products = [gemv_triton.gemv, skinny_triton.skinny, gemv_two_triton.gemv_both, gemv_two_triton.gemv_sum]
-    products += [experts_triton._product, experts_triton._up, experts_triton._down]
+    products += [keep_triton.keep, experts_triton._product, experts_triton._up, experts_triton._down]
 
     assert {kind_of(kernel.__name__) for kernel in products} == {"matmul"}
     assert {kind_of(kernel.__name__) for kernel in (attend_triton._attend, decode_triton._decode)} == {"attention"}

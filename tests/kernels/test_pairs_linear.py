@@ -20,9 +20,9 @@ from tests.support.kernels import Kernels, cases
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 
-# (rows, out, in): one row and few, with part of a tile in each direction, and with whole ones; a single column; rows
-# of which some are made up; the most that are ours, and one more.
-FEW = [(1, 10, 1100), (3, 33, 600), (4, 16, 512), (2, 1, 40)]
+# (rows, out, in): one row and few, with part of a tile in each direction, and with whole ones; a single column; one row
+# that is kept; rows of which some are made up; the most that are ours, and one more.
+FEW = [(1, 10, 1100), (3, 33, 600), (4, 16, 512), (2, 1, 40), (1, 210, 150)]
 SKINNY = [(5, 70, 600), (17, 33, 300), (33, 64, 256), (64, 40, 129), (65, 24, 72)]
 # Sizes of GPT-2 XL, Falcon-7B and T5-3B, a vocabulary that no tile divides, and offsets that 32 bits do not count.
 GPU_FEW = [(1, 4800, 1600), (1, 4672, 4544), (2, 1024, 16384), (4, 50257, 1600), (1, 128256, 4096), (3, 4096, 14336)]
@@ -152,6 +152,7 @@ def compute_with(kernels: Kernels, tiles: Tiles, given: dict) -> torch.Tensor:
 @cases(
     [
         *[(Tiles("gemv", 4, 256, 1), 2), (Tiles("gemv", 8, 1024, 4), 4), (Tiles("skinny", 32, 64, 4, 3, 3), 2)],
+        *[(Tiles("keep", 16, 2048, 8, programs=2), 1), (Tiles("keep", 4, 2048, 4, programs=100), 1)],
         *[(Tiles("skinny", 64, 64, 4, 3, 3, early=True), 5), (Tiles("skinny", 16, 128, 4, 3, 8, early=True), 70)],
     ],
     [
@@ -164,6 +165,23 @@ def test_tiles_make_no_difference(kernels: Kernels, case):
     tiles, rows = case
     given = make(HALF, (rows, 70, 1096), "all")
     check(compute_with(kernels, tiles, given), given)
+
+
+KEPT = [(1, 70, 1096), (1, 33, 512), (1, 5, 40)]
+GPU_KEPT = [(1, 4800, 1600), (1, 18176, 4544), (1, 12288, 4096), (1, 50257, 1600), (1, 14336, 4096), (1, 300, 8192)]
+
+
+@cases(
+    [*product([HALF], KEPT[:1], AROUND), *product(DTYPES, KEPT, ["all", "rms"])],
+    [*product(DTYPES, KEPT, AROUND), *product([BFLOAT, HALF], GPU_KEPT, AROUND)],
+)
+def test_a_row_that_is_kept(kernels: Kernels, case):
+    """All of its programs have several tiles of the weight, or but one; of the last a part may be held."""
+    given = make(*case)
+    _, out, size = case[1]
+    depth = 1 << (size - 1).bit_length()
+    for rows, programs in ((16, 3), (2, 528)) if out > 1000 else ((16, 2), (8, 1), (4, 100)):
+        check(compute_with(kernels, Tiles("keep", rows, depth, 8, programs=programs), given), given)
 
 
 @cases([5, 3, 2], [8])

@@ -18,8 +18,8 @@ from tests.support.kernels import Kernels, cases
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 
 # (rows, out, other out, in): one row and few, parts of tiles of both, the first larger and the second; a single column;
-# and more rows than one launch is made for.
-BOTH = [(1, 10, 70, 1100), (3, 133, 33, 600), (4, 16, 64, 512), (2, 1, 5, 40)]
+# one row that is kept; and more rows than one launch is made for.
+BOTH = [(1, 10, 70, 1100), (3, 133, 33, 600), (4, 16, 64, 512), (2, 1, 5, 40), (1, 210, 330, 150)]
 MANY = [(GEMV_ROWS + 1, 33, 40, 128), (70, 24, 16, 72)]
 # (rows, out, in, other in): likewise; depths of one part of a tile, and of several.
 SUMS = [(1, 10, 1100, 600), (3, 33, 96, 1300), (4, 16, 512, 512), (2, 1, 40, 8)]

@@ -31,6 +31,9 @@ def fits(shape: LinearShape, tiles: Tiles) -> bool:
     powers = all(size & (size - 1) == 0 for size in (tiles.block_n, tiles.block_k, tiles.warps))
     if tiles.kernel == "gemv":
         return powers and shape.rows <= tuning.GEMV_ROWS and tiles.block_k * shape.itemsize >= 16
+    if tiles.kernel == "keep":
+        fit = shape.rows == 1 and shape.k <= tiles.block_k < 2 * shape.k and shape.k <= tuning.KEPT
+        return powers and fit and tiles.programs >= 1
     tiles_of_part = math.ceil(math.ceil(shape.k / tiles.block_k) / tiles.splits)
     no_part_is_empty = tiles_of_part * (tiles.splits - 1) * tiles.block_k < shape.k
     return powers and shape.itemsize == 2 and tiles.block_n >= 16 and tiles.block_k >= 16 and no_part_is_empty
