@@ -16,6 +16,7 @@ from headrace.sampling import SamplingParams
 from headrace.tasks import EMBED, FILL_MASK
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.pooling import pooling_defaults
+from headrace.workers.samples import SAMPLE_BYTES, sample_places
 
 __all__ = ["describe"]
 
@@ -23,8 +24,6 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "se
 _MASKS = ("[MASK]", "<mask>")
 _VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_SAMPLES = 256  # places per file whose bytes enter the fingerprint
-_SAMPLE_BYTES = 4096
 
 
 def describe(
@@ -134,9 +133,9 @@ def _fingerprint(checkpoint: Checkpoint, blobs: dict[str, bytes], dtype: str, st
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
             digest.update(file.read(min(header, size)))
-            for index in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+            for place in sample_places(size):
+                file.seek(place)
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:32]
 
 

@@ -12,14 +12,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Thread, local
+from typing import NamedTuple
 
 from headrace.workers.memory import available_bytes
+from headrace.workers.samples import SAMPLE_BYTES, sample_places
 
 __all__ = ["begin_early", "read_ahead", "wake_gpu"]
 
 _PIECE = 8 << 20
 _PAGE = 4096
+_HEADER = 1 << 20  # of a file of weights: that of a large one has some hundred kilobytes
 _THREADS = 4  # two are enough for most disks; those of a cloud want more requests at a time
 
 
@@ -34,13 +37,17 @@ def begin_early(folder: Path, device: str) -> None:
 def read_ahead(files: Iterable[Path]) -> int:
     """Bring files into the page cache as far as they are not there; the bytes that were read.
 
-    Those that are there cost one look at every few megabytes. Nothing is read where there is not twice the room.
+    What a start looks at first comes first: headers, and the samples of the fingerprint. Of what is there, every few
+    megabytes cost one look. Nothing is read where there is not twice the room.
     """
+    files = list(files)
     with suppress(OSError, AttributeError):  # systems without such looks read when they must
         pieces = list(_missing(files))
-        if sum(size for _, _, size in pieces) * 2 < available_bytes():
+        if pieces and sum(size for _, _, size in pieces) * 2 < available_bytes():
+            read = _Reader().read
             with ThreadPoolExecutor(_THREADS, thread_name_prefix="early-read") as threads:
-                return sum(threads.map(lambda piece: _touch(*piece), pieces))
+                list(threads.map(read, _first(files)))
+                return sum(threads.map(read, pieces))
     return 0
 
 
@@ -59,8 +66,8 @@ def wake_gpu(index: int) -> bool:
     return ready
 
 
-def _missing(files: Iterable[Path]) -> Iterator[tuple[Path, int, int]]:
-    """Pieces of the files (file, first byte, size) whose first page is not in memory."""
+def _missing(files: Iterable[Path]) -> Iterator[_Piece]:
+    """Pieces of the files whose first page is not in memory."""
     page = bytearray(_PAGE)
     for path in files:
         with path.open("rb") as file:
@@ -69,9 +76,36 @@ def _missing(files: Iterable[Path]) -> Iterator[tuple[Path, int, int]]:
                 try:
                     os.preadv(file.fileno(), [page], start, os.RWF_NOWAIT)
                 except BlockingIOError:
-                    yield path, start, min(_PIECE, size - start)
+                    yield _Piece(path, start, min(_PIECE, size - start))
 
 
-def _touch(path: Path, start: int, size: int) -> int:
-    with path.open("rb") as file:
-        return os.preadv(file.fileno(), [bytearray(size)], start)
+def _first(files: Iterable[Path]) -> Iterator[_Piece]:
+    """What is looked at before any weight is read."""
+    for path in files:
+        size = path.stat().st_size
+        yield _Piece(path, 0, min(_HEADER, size))
+        for start in sample_places(size):
+            yield _Piece(path, start, min(SAMPLE_BYTES, size))
+
+
+class _Piece(NamedTuple):
+    """A part of a file."""
+
+    path: Path
+    start: int
+    size: int
+
+
+class _Reader:
+    """Reads pieces to nowhere. Each thread has memory of its own for that: to make it anew for every piece would keep
+    Python's lock from those who import meanwhile, milliseconds each time."""
+
+    def __init__(self) -> None:
+        self._own = local()
+
+    def read(self, piece: _Piece) -> int:
+        """Bring a piece into memory; its bytes."""
+        if not hasattr(self._own, "memory"):
+            self._own.memory = memoryview(bytearray(_PIECE))
+        with piece.path.open("rb") as file:
+            return os.preadv(file.fileno(), [self._own.memory[: piece.size]], piece.start)

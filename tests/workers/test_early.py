@@ -11,6 +11,7 @@ import pytest
 
 from headrace.workers import early
 from headrace.workers.early import begin_early, read_ahead, wake_gpu
+from headrace.workers.samples import sample_places
 
 
 @pytest.fixture
@@ -41,6 +42,30 @@ def test_what_is_missing_is_read_and_nothing_else(file, monkeypatch):
     assert read_ahead([file]) == 2 << 16
     cold(monkeypatch, 5)
     assert read_ahead([file]) == 100
+
+
+def test_what_a_start_looks_at_first_is_read_first(file, monkeypatch):
+    """The fingerprint's samples waited for gigabytes, each for its turn."""
+    monkeypatch.setattr(early, "_THREADS", 1)
+    cold(monkeypatch, 1, 3)
+    read, places = os.preadv, []
+
+    def noted(descriptor, buffers, start, *flags):
+        if not flags:
+            places.append(start)
+        return read(descriptor, buffers, start, *flags)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    read_ahead([file])
+    assert places == [0, *sample_places(file.stat().st_size), 1 << 16, 3 << 16]
+
+
+def test_memory_is_made_once_for_each_thread(file, monkeypatch):
+    cold(monkeypatch, *range(5))
+    made = []
+    monkeypatch.setattr(early, "bytearray", lambda size: made.append(size) or bytearray(size), raising=False)
+    assert read_ahead([file]) == 5 << 16
+    assert made.count(early._PIECE) <= early._THREADS
 
 
 def test_nothing_is_read_where_there_is_no_room(file, monkeypatch):
