@@ -16,10 +16,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
+from threading import Thread, get_ident
 from typing import TYPE_CHECKING, Any
 
 from headrace.workers.rank_threads import cores
@@ -27,7 +28,7 @@ from headrace.workers.rank_threads import cores
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Ahead", "compile_ahead", "compiled_ahead"]
+__all__ = ["Ahead", "compile_ahead", "compiled_ahead", "prepare"]
 
 _MOST_THREADS = 16  # the tenth of the work that does hold Python's lock keeps more from being of use
 
@@ -48,6 +49,27 @@ class Ahead:
 
 
 _total = Ahead()
+_preparing: Thread | None = None
+
+
+def prepare() -> None:
+    """Begin with what is needed once, in the background: Triton's import, and a hash of all that Triton is, which is a
+    part of every kernel's key: half a gigabyte is read for it, a third of a second without Python's lock."""
+    global _preparing
+    if _preparing is None:
+        _preparing = Thread(target=_make_keys, name="compile-keys", daemon=True)
+        _preparing.start()
+
+
+def _make_keys() -> None:
+    with suppress(Exception):  # who needs it meets it again, and says so
+        import triton  # noqa: F401
+
+        try:
+            from triton.runtime.cache import triton_key
+        except ImportError:  # before 3.5
+            from triton.compiler.compiler import triton_key
+        triton_key()
 
 
 def compiled_ahead() -> Ahead:
@@ -67,6 +89,8 @@ def compile_ahead(rehearse: Callable[[], None], device: torch.device) -> int:
     """
     global _total
     began = time.monotonic()
+    if _preparing is not None:
+        _preparing.join()
     tasks = _Tasks()
     mode = _asynchronous(tasks)
     if mode is None:
@@ -107,18 +131,21 @@ def _compile(mode: Any, rehearse: Callable[[], None], tasks: _Tasks, threads: in
 
 @contextmanager
 def _launches_only_compile() -> Iterator[None]:
-    """Launches ask for a kernel and do not run it; of those that are alike, the first."""
+    """This thread's launches ask for a kernel and do not run it; of those that are alike, the first."""
     from triton.runtime.jit import JITFunction
 
-    launch = JITFunction.run
+    launch, thread = JITFunction.run, get_ident()
     asked = set()
 
-    def ask(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def ask(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if get_ident() != thread:
+            return launch(kernel, *args, grid=grid, warmup=warmup, **kwargs)
         # Finer than Triton's own key, which takes much longer to make.
         key = (id(kernel), tuple(map(_traits, args)), tuple((name, _traits(value)) for name, value in kwargs.items()))
         if key not in asked:
             asked.add(key)
             launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+        return None
 
     JITFunction.run = ask
     try:

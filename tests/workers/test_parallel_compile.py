@@ -80,7 +80,7 @@ def test_all_of_this_in_a_process_that_compiles():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "13 passed, 1 skipped" in ran.stdout
+    assert "15 passed, 1 skipped" in ran.stdout
 
 
 @compiled
@@ -97,6 +97,45 @@ def test_launches_find_what_was_compiled_ahead(gpu):
     total = compiled_ahead()
     assert (total.kernels, total.threads) == (4, 2)
     assert total.seconds > 0
+
+
+@compiled
+def test_other_threads_launch_meanwhile(gpu):
+    """A model is filled by one."""
+    kernel, x = JITFunction(_scale), torch.zeros(64)
+
+    def launch():
+        kernel[(1,)](x, x, 3, size=64, **OPTIONS)
+
+    def steps():
+        other = threading.Thread(target=launch)
+        other.start()
+        other.join()
+        launch()
+
+    compile_ahead(steps, CPU)
+    assert gpu.launched == ["_scale"]
+
+
+@compiled
+def test_what_every_key_needs_is_made_ready_in_the_background(gpu, monkeypatch):
+    """And waited for, or it would be made twice: it takes a third of a second."""
+    from triton.runtime import cache
+
+    made, gate = [], threading.Event()
+
+    def key():
+        gate.wait(10)
+        made.append(threading.current_thread().name)
+        return "key"
+
+    monkeypatch.setattr(cache, "triton_key", key)
+    monkeypatch.setattr(parallel_compile, "_preparing", None)
+    parallel_compile.prepare()
+    parallel_compile.prepare()
+    threading.Timer(0.1, gate.set).start()
+    compile_ahead(lambda: made.append("rehearsed"), CPU)
+    assert made == ["compile-keys", "rehearsed"]
 
 
 @compiled
