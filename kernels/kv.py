@@ -35,6 +35,10 @@ class KVCache:
         keys, values = self._tensor[index]
         return keys, values
 
+    def clear(self) -> None:
+        """Make zeros of all keys and values."""
+        self._tensor.zero_()
+
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
         """Memory that one block takes over all layers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -58,18 +59,21 @@ def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)  # whose memory is kept until it was copied
 
 
-def captured(compute: Callable[[], R], pool: Any) -> tuple[torch.cuda.CUDAGraph, R]:
+def captured(
+    compute: Callable[[], R], pool: Any, prepared: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> tuple[torch.cuda.CUDAGraph, R]:
     """What is computed on a GPU as a graph, and its results, which every replay overwrites.
 
     Args:
         compute: must read and write the same memory each time, and wait for nothing.
         pool: of memory, which graphs that run one after the other may share; None makes one.
+        prepared: surrounds a first call, which compiles and sets up whatever the captured one finds in place.
     """
     with _capturing:
         before, stream = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
         stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            compute()  # compiles, and lets libraries set themselves up
+        with torch.cuda.stream(stream), prepared():
+            compute()
         before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: one launch instead of hundreds, for every size of step that is worth a graph.
+"""Steps that can be CUDA graphs (`headrace.workers.step_graphs`), for every size of step that is worth one.
 
 A graph computes at fixed addresses. So what a step needs stands in tensors that stay: a few numbers per sequence or
 token, which are copied there in one piece, and the tables of all rows' blocks, of which only what is new is written.
@@ -15,9 +15,8 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +27,9 @@ from headrace.kernels.kv import KVCache
 from headrace.kernels.ops.placement import place
 from headrace.kernels.ops.sampling import choose
 from headrace.workers.batch import BlockNews, chunk_tokens, next_input, with_expected
-from headrace.workers.device import captured, upload
+from headrace.workers.device import upload
 from headrace.workers.sampler import NUM_SETTINGS, Sampler, settings_in
-from headrace.workers.scheduler import Chunk, Plan
+from headrace.workers.scheduler import Chunk
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
@@ -38,12 +37,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Computed",
     "DeviceTables",
-    "RehearsedGraphs",
     "Standing",
     "StaticDecodes",
     "StaticPrompts",
     "StaticStep",
-    "StepGraphs",
     "decode_sizes",
     "prompt_sizes",
 ]
@@ -321,80 +318,3 @@ class StaticPrompts(StaticStep):
             block_size=self._standing.kv.block_size,
         )
         return self._chosen(self._standing.model(batch, self._standing.kv), settings[1:], settings[0])
-
-
-class StepGraphs:
-    """Graphs of steps: of all sizes of all kinds, or of those that were asked for.
-
-    Args:
-        kinds: of steps; the first that takes a step, and has a graph of its size, computes it.
-
-    Attributes:
-        pool: of their memory, once they are captured; graphs that never run at the same time may share it.
-        replays: steps computed by a graph.
-    """
-
-    def __init__(self, kinds: Items[StaticStep]) -> None:
-        self.pool: Any = None
-        self.replays = 0
-        self._kinds = kinds
-        self._graphs: dict[tuple[StaticStep, int], tuple[torch.cuda.CUDAGraph, Computed]] = {}
-        self._read: set[Tensor] = set()
-
-    def __len__(self) -> int:
-        return len(self._graphs)
-
-    def capture(self) -> None:
-        """Capture all of them, the largest first: the others find room in its memory."""
-        for kind in reversed(self._kinds):
-            for size in reversed(kind.sizes):
-                self._capture(kind, size)
-
-    def capture_for(self, count: int) -> None:
-        """Capture what steps of the first kind need that are as large as `count`, unless it is there."""
-        kind = self._kinds[0]
-        if (size := kind.size_of(count)) is not None and not self._has(kind, size):
-            self._capture(kind, size)
-
-    def run(self, plan: Plan) -> Computed | None:
-        """What comes of a step; None if no graph computes such a one."""
-        for kind in self._kinds:
-            if (size := kind.size_for(plan.chunks)) is not None and self._has(kind, size):
-                kind.fill(plan.chunks, size)
-                self.replays += 1
-                return self._replay(kind, size)
-        return None
-
-    def _has(self, kind: StaticStep, size: int) -> bool:
-        return (kind, size) in self._graphs
-
-    @torch.inference_mode()
-    def _capture(self, kind: StaticStep, size: int) -> None:
-        kind.fill((), size)
-        # Should the model ever have larger tables, this graph goes on reading these.
-        self._read.update(kind.rotary_tables)
-        graph, _ = self._graphs[kind, size] = captured(partial(kind.compute, size), self.pool)
-        self.pool = graph.pool()
-
-    def _replay(self, kind: StaticStep, size: int) -> Computed:
-        graph, computed = self._graphs[kind, size]
-        graph.replay()
-        return computed
-
-
-class RehearsedGraphs(StepGraphs):
-    """As graphs, in a rehearsal: nothing is captured, so that a replay computes."""
-
-    @torch.inference_mode()
-    def capture(self) -> None:
-        """Compute all of them once."""
-        for kind in self._kinds:
-            for size in kind.sizes:
-                kind.fill((), size)
-                kind.compute(size)
-
-    def _has(self, kind: StaticStep, size: int) -> bool:
-        return True
-
-    def _replay(self, kind: StaticStep, size: int) -> Computed:
-        return kind.compute(size)

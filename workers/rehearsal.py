@@ -20,7 +20,7 @@ from headrace.kernels.spec import LayerSpec
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
 
-__all__ = ["rehearsing"]
+__all__ = ["few_layers", "rehearsing"]
 
 _FILLED: dict[Any, Callable[..., Any]] = {
     torch.empty: torch.zeros,
@@ -32,6 +32,13 @@ _FILLED: dict[Any, Callable[..., Any]] = {
 @contextmanager
 def rehearsing(model: Model) -> Iterator[None]:
     """Within, the model's steps are rehearsals."""
+    with few_layers(model), _Zeros():
+        yield
+
+
+@contextmanager
+def few_layers(model: Model) -> Iterator[None]:
+    """Within, the model has only the first of its layers, which launch all that the others do."""
     parts: list[tuple[Any, Sequence[LayerSpec]]] = [(model, model.spec.layers)]
     if model.encoder is not None:
         assert model.spec.encoder is not None
@@ -40,8 +47,7 @@ def rehearsing(model: Model) -> Iterator[None]:
     try:
         for part, layers in parts:
             part.blocks = part.blocks[: _enough(layers)]
-        with _Zeros():
-            yield
+        yield
     finally:
         for (part, _), blocks in zip(parts, whole, strict=True):
             part.blocks = blocks

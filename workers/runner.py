@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,20 +22,13 @@ from headrace.kernels.kv import KVCache
 from headrace.workers.batch import BatchBuilder
 from headrace.workers.device import upload
 from headrace.workers.encoder_graphs import RehearsedTexts, StaticTexts, TextGraphs, sizes_of_batches
-from headrace.workers.graphs import (
-    DeviceTables,
-    RehearsedGraphs,
-    Standing,
-    StaticDecodes,
-    StaticPrompts,
-    StaticStep,
-    StepGraphs,
-)
+from headrace.workers.graphs import DeviceTables, Standing, StaticDecodes, StaticPrompts, StaticStep
 from headrace.workers.parallel_compile import compile_ahead
-from headrace.workers.rehearsal import rehearsing
+from headrace.workers.rehearsal import few_layers, rehearsing
 from headrace.workers.sampler import Choices, Sampler
 from headrace.workers.scheduler import Chunk, Plan
 from headrace.workers.sequence import Sequence
+from headrace.workers.step_graphs import RehearsedGraphs, StepGraphs
 
 if TYPE_CHECKING:
     from headrace.kernels.batch import Batch
@@ -106,7 +100,7 @@ class Runner:
         Those of a kind for which there is no room are left out.
         """
         with _room_for("steps"):
-            graphs = StepGraphs(self.static_steps())
+            graphs = StepGraphs(self.static_steps(), partial(few_layers, self.model))
             graphs.capture()
             self._graphs = graphs
         if self.model.spec.encoder is not None:
@@ -125,6 +119,16 @@ class Runner:
                 return compile_ahead(compute, device)
         finally:
             self._graphs, self._source_graphs = graphs
+
+    @contextmanager
+    def briefly(self) -> Iterator[None]:
+        """Within, steps launch all that they would launch, but not all of it again for every layer and every step.
+
+        What comes of them is numbers and no more, and what they leave in the cache is not to be read.
+        """
+        self.kv.clear()  # what is skipped leaves zeros, where anything else might be no number
+        with few_layers(self.model), nullcontext() if self._graphs is None else self._graphs.once():
+            yield
 
     def rehearse_capture(self) -> None:
         """Do as `capture`, in a rehearsal."""

@@ -43,11 +43,11 @@ class Pretended:
         self.alive: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self.error: Exception | None = None
         self._compute = _interpreted if interpreted else _told
-        monkeypatch.setattr("headrace.workers.graphs.captured", self._captured)
+        monkeypatch.setattr("headrace.workers.step_graphs.captured", self._captured)
         monkeypatch.setattr(road, "has_graphs", _has_graphs)
         monkeypatch.setattr(sources, "has_graphs", _has_graphs)
 
-    def _captured(self, compute: Any, pool: object = None) -> tuple[_Graph, Any]:
+    def _captured(self, compute: Any, pool: object = None, prepared: object = None) -> tuple[_Graph, Any]:
         step, (size,) = compute.func.__self__, compute.args
         if self.error is not None:
             raise self.error

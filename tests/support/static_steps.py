@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headrace.kernels.ops.pair import kernels_on_cpu
 from headrace.workers.encoder_graphs import RehearsedTexts
-from headrace.workers.graphs import RehearsedGraphs
+from headrace.workers.step_graphs import RehearsedGraphs
 
 __all__ = ["InterpretedSteps", "InterpretedTexts"]
 

@@ -16,9 +16,10 @@ from headrace.messages import StreamId
 from headrace.sampling import SamplingParams
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
-from headrace.workers.graphs import StaticDecodes, StepGraphs
+from headrace.workers.graphs import StaticDecodes
 from headrace.workers.scheduler import Chunk, Plan
 from headrace.workers.sequence import Sequence
+from headrace.workers.step_graphs import StepGraphs
 from tests.support.engines import assign, generate, run
 from tests.support.graphs_on_cpu import Pretended
 from tests.support.kernels import Kernels

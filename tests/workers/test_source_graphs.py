@@ -19,9 +19,9 @@ from headrace.workers.batch import whole_texts
 from headrace.workers.encoder_graphs import StaticTexts, TextGraphs, sizes_of_batches
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
-from headrace.workers.graphs import StepGraphs
 from headrace.workers.memory import graph_bytes
 from headrace.workers.runner import Runner
+from headrace.workers.step_graphs import StepGraphs
 from tests.support.engines import assign, generate, run
 from tests.support.kernels import Kernels
 from tests.support.static_steps import InterpretedSteps, InterpretedTexts
