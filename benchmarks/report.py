@@ -17,7 +17,7 @@ from headrace.scripts.terminal import table
 __all__ = ["PHASES", "Report", "Row", "amount", "read_report", "report_lines", "span", "verdict"]
 
 # Of a start.
-PHASES = ("imports", "model", "weights", "compile", "memory", "kernels", "graphs", "broker", "first_token")
+PHASES = ("imports", "model", "compile", "weights", "memory", "kernels", "graphs", "broker", "first_token")
 _VERSION = 1
 _CASE = {
     "batch": "batch",

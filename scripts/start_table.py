@@ -31,8 +31,7 @@ def _counted(phase: Phase) -> str:
         return ""
     match phase.name:
         case "weights":
-            rate = f", {size(phase.amount / phase.seconds)}/s" if phase.seconds > 0 else ""
-            return f"{size(phase.amount)}{rate}"
+            return size(phase.amount)
         case "memory":
             return f"{phase.amount:,} tokens"
         case "compile":

@@ -17,16 +17,15 @@ import dataclasses
 import hashlib
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.card import ModelCard
 from headrace.errors import (
-    DeadlineExceededError,
     HeadraceError,
-    InternalError,
     InvalidRequestError,
 )
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, pack_tokens, unpack_tokens
@@ -40,6 +39,8 @@ from headrace.workers.sampler import Choice, Choices
 from headrace.workers.scheduler import Filled, Plan, Scheduler
 from headrace.workers.sequence import Sequence
 from headrace.workers.served import model_len, num_blocks, start_token_of
+from headrace.workers.stream_errors import not_numbers, too_late
+from headrace.workers.token_checks import check_tokens
 from headrace.workers.warmup import examples
 
 if TYPE_CHECKING:
@@ -59,6 +60,16 @@ class StepResult:
 
 class Engine:
     """A model with its scheduler and KV cache.
+
+    Args:
+        model: with its weights.
+        card: of it.
+        config: the settings.
+        blobs: files named by the card, by name.
+        start_token: that an encoder-decoder's texts begin with.
+        max_model_len: most tokens of a text, for an engine that only rehearses; others may have as many as their cache
+            holds.
+        rehearsed: the `max_model_len` for which all that warming up needs was compiled ahead.
 
     Attributes:
         card: describes the model as served, with the context length that the KV cache allows.
@@ -80,15 +91,18 @@ class Engine:
         *,
         blobs: dict[str, bytes] | None = None,
         start_token: int | None = None,
+        max_model_len: int | None = None,
+        rehearsed: int | None = None,
     ) -> None:
-        max_model_len = model_len(card, config)
-        blocks = num_blocks(model, config, max_model_len)
-        max_model_len = min(max_model_len, blocks * config.block_size)
+        limit = model_len(card, config)
+        blocks = num_blocks(model, config, limit)
+        max_model_len = max_model_len or min(limit, blocks * config.block_size)
         self.card = dataclasses.replace(card, max_model_len=max_model_len)
         self.blobs = blobs or {}
         self.config = config
         self.max_num_seqs = config.max_num_seqs
         self.kv_tokens = blocks * config.block_size
+        self._rehearsed = rehearsed
         # What a decoder with an encoder computes depends on more than its own tokens.
         self._scheduler = self._new_scheduler(prefix_cache=config.prefix_cache and model.spec.encoder is None)
         self._runner = Runner(
@@ -164,7 +178,7 @@ class Engine:
         to do."""
         result, self._pending = self._pending, StepResult()
         for sequence in self._scheduler.expired(now):
-            self._refuse(sequence, _too_late(sequence), result)
+            self._refuse(sequence, too_late(sequence), result)
         plan = self._scheduler.schedule()
         if plan.chunks:
             self._launch(plan)
@@ -201,15 +215,16 @@ class Engine:
         assert not self._sequences, "warm up before taking streams on"
         counters = (self._generated_tokens, self._prompt_tokens, dataclasses.replace(self._scheduler.stats))
         on_gpu = self._runner.on_gpu
-        has_graphs = self.config.cuda_graphs and on_gpu
-        told("graphs" if has_graphs else "kernels")
-        self._compile_examples(has_graphs)
+        told("graphs" if self._has_graphs else "kernels")
+        if self._rehearsed != self.card.max_model_len:
+            self.compile_examples()
         self._compute_examples(everything=False)
-        if has_graphs:
+        if self._has_graphs:
             self._runner.capture()
             told("kernels")
-        if on_gpu:  # by graphs where there are any, as they will be used: that takes a fraction of the time
-            self._compute_examples(everything=True)
+        if on_gpu:  # by graphs where there are any, as they will be used
+            with self._without_prefixes(), self._runner.briefly():
+                self._compute_examples(everything=True)
         self._generated_tokens, self._prompt_tokens, self._scheduler.stats = counters
         self._runner.forget_replays()
         self._compiled = compilations()
@@ -220,21 +235,31 @@ class Engine:
         assert not self._sequences, "compile before taking streams on"
         if not self._runner.on_gpu:
             return 0
-        # One of its own: blocks that nobody filled are not to be found by anybody.
+        with self._without_prefixes():
+            return self._runner.compile_ahead(compute)
+
+    def compile_examples(self) -> None:
+        """Compile with many threads what warming up needs; `warm_up` does it unless it was told that it was done."""
+        # Where sizing the cache had nothing to compile, and a small text has not either, an earlier start has kept all.
+        if compiled_ahead().kernels or self.compile_ahead(partial(self._compute_examples, everything=False)):
+            self.compile_ahead(self._rehearse)
+
+    @property
+    def _has_graphs(self) -> bool:
+        return self.config.cuda_graphs and self._runner.on_gpu
+
+    @contextmanager
+    def _without_prefixes(self) -> Iterator[None]:
+        """Within, streams leave no blocks to be found by others: nobody fills them with what they should hold."""
         served, self._scheduler = self._scheduler, self._new_scheduler(prefix_cache=False)
         try:
-            return self._runner.compile_ahead(compute)
+            yield
         finally:
             self._scheduler = served
 
-    def _compile_examples(self, has_graphs: bool) -> None:
-        # Where sizing the cache had nothing to compile, and a small text has not either, an earlier start has kept all.
-        if compiled_ahead().kernels or self.compile_ahead(partial(self._compute_examples, everything=False)):
-            self.compile_ahead(partial(self._rehearse, has_graphs))
-
-    def _rehearse(self, has_graphs: bool) -> None:
+    def _rehearse(self) -> None:
         self._compute_examples(everything=False)
-        if has_graphs:
+        if self._has_graphs:
             self._runner.rehearse_capture()
         self._compute_examples(everything=True)
 
@@ -303,7 +328,7 @@ class Engine:
             )
         sampling = SamplingParams.from_wire(assignment.sampling)
         prompt, output = unpack_tokens(assignment.prompt), unpack_tokens(assignment.output)
-        self._check_ids(prompt, output, sampling)
+        check_tokens(self.card, prompt, output, sampling)
         source = None
         if self._start_token is not None:
             source, prompt = prompt, array("I", [self._start_token])
@@ -321,27 +346,10 @@ class Engine:
             deadline=None if assignment.budget_ms is None else now + assignment.budget_ms / 1000,
         )
 
-    def _check_ids(self, prompt: array[int], output: array[int], sampling: SamplingParams) -> None:
-        vocab = self.card.vocab_size
-        if not prompt:
-            raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
-        for name, ids in (
-            ("prompt", prompt),
-            ("output", output),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", sampling.logit_bias),
-        ):
-            if (largest := max(ids, default=0)) >= vocab:
-                raise InvalidRequestError(
-                    f"{name} holds token id {largest}, but {self.card.name} has ids 0 to {vocab - 1}; "
-                    "use the tokenizer that its card names.",
-                    param=name,
-                )
-
     def _take(self, choice: Choice, result: StepResult) -> None:
         sequence = choice.sequence
         if choice.token is None:
-            self._refuse(sequence, _not_numbers(sequence), result)
+            self._refuse(sequence, not_numbers(sequence), result)
             return
         before = sequence.num_output
         reason = sequence.append(choice.token)
@@ -385,19 +393,3 @@ def _finish(sequence: Sequence, reason: str) -> Finish:
 def _seed(request: bytes) -> int:
     """The seed of a request that brought none: the same on every rank and in every attempt."""
     return int.from_bytes(hashlib.blake2b(request, digest_size=8).digest(), "little")
-
-
-def _too_late(sequence: Sequence) -> DeadlineExceededError:
-    return DeadlineExceededError(
-        f"The time allowed was over after {sequence.num_output} of at most {sequence.max_tokens} tokens; "
-        "give more time or ask for fewer tokens.",
-        request_id=sequence.stream.request.hex(),
-    )
-
-
-def _not_numbers(sequence: Sequence) -> InternalError:
-    return InternalError(
-        f"The model's logits after {sequence.num_output} tokens hold NaN or infinity, so no token could be chosen; "
-        "other requests go on. If it happens again, the weights are damaged or the dtype is too narrow: try float32.",
-        request_id=sequence.stream.request.hex(),
-    )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from headrace.errors import UnsupportedModelError
+from headrace.workers.ahead import Rehearsed, rehearse
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
 from headrace.workers.describe import describe
@@ -13,7 +14,8 @@ from headrace.workers.device import pick_device
 from headrace.workers.encoder_engine import EncoderEngine
 from headrace.workers.engine import Engine
 from headrace.workers.kv_size import check_before_loading, with_measured_cache
-from headrace.workers.loader import load_model
+from headrace.workers.loader import loading
+from headrace.workers.parallel_compile import prepare
 from headrace.workers.served import start_token_of
 
 __all__ = ["load_engine"]
@@ -52,9 +54,16 @@ def load_engine(
         spec, card, checkpoint.read_json("generation_config.json").get("decoder_start_token_id")
     )
     device = pick_device(config.device)
+    if device.type == "cuda":
+        prepare()
     memory = check_before_loading(spec, card, config, checkpoint.dtype(config.dtype), device)
-    model = load_model(checkpoint, dtype=config.dtype, device=device, progress=progress)
+    rehearsed = Rehearsed()
+    with loading(checkpoint, dtype=config.dtype, device=device, progress=progress) as under_way:
+        if memory is not None and not spec.is_encoder:
+            under_way.begin()
+            rehearsed = rehearse(under_way.model, card, config, memory, start_token=start_token)
+        model = under_way.finished().model
     if spec.is_encoder:
         return EncoderEngine(model, card, config, blobs=blobs)
-    config = with_measured_cache(model, card, config, memory, start_token=start_token)
-    return Engine(model, card, config, blobs=blobs, start_token=start_token)
+    config = with_measured_cache(model, card, config, memory, start_token=start_token, compiled=rehearsed.sizing)
+    return Engine(model, card, config, blobs=blobs, start_token=start_token, rehearsed=rehearsed.max_model_len)

@@ -8,7 +8,6 @@ that it compiles are those that serve.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -18,9 +17,9 @@ from headrace.errors import ModelError
 from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
 from headrace.kernels.spec import ModelSpec
-from headrace.messages import Assignment, pack_tokens
 from headrace.workers.config import EngineConfig
 from headrace.workers.device import gpu_memory
+from headrace.workers.dry_run import DryRun
 from headrace.workers.encoder_graphs import sizes_of_batches
 from headrace.workers.engine import Engine
 from headrace.workers.graphs import decode_sizes, prompt_sizes
@@ -34,12 +33,11 @@ from headrace.workers.memory import (
     step_bytes,
 )
 from headrace.workers.served import model_len
-from headrace.workers.warmup import all_options, longest_text
 
-__all__ = ["check_before_loading", "with_measured_cache"]
+__all__ = ["check_before_loading", "expected_len", "with_measured_cache"]
 
-_MORE = 2  # tokens that texts are continued by
 _MARGIN = 1.05  # of what was measured: memory is handed out in pieces
+_CERTAIN = 1.5  # longest texts for which there must seem to be room, so that there is for one
 
 
 def check_before_loading(
@@ -60,8 +58,27 @@ def check_before_loading(
     return memory
 
 
+def expected_len(
+    spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype, memory: GpuMemory
+) -> int | None:
+    """Most tokens of a text that the cache will allow, as far as that can be told before it is measured; or None."""
+    length = model_len(card, config)
+    if config.kv_tokens is not None:
+        return min(length, config.kv_tokens // config.block_size * config.block_size)
+    blocks = kv_blocks(
+        memory, _estimated(spec, card, config, dtype), max_model_len=length, max_num_seqs=config.max_num_seqs
+    )
+    return length if blocks * config.block_size >= min(_CERTAIN, config.max_num_seqs) * length else None
+
+
 def with_measured_cache(
-    model: Model, card: ModelCard, config: EngineConfig, memory: GpuMemory | None, *, start_token: int | None
+    model: Model,
+    card: ModelCard,
+    config: EngineConfig,
+    memory: GpuMemory | None,
+    *,
+    start_token: int | None,
+    compiled: bool = False,
 ) -> EngineConfig:
     """The settings with the size of the KV cache, where neither they nor a CPU's defaults say it.
 
@@ -71,6 +88,7 @@ def with_measured_cache(
         config: of the engine.
         memory: of the GPU before the weights came.
         start_token: of an encoder-decoder.
+        compiled: whether all that the measurement launches is compiled already.
 
     Raises:
         ConfigError: a setting asks for too much.
@@ -84,7 +102,7 @@ def with_measured_cache(
     assert isinstance(device, torch.device)
     assert isinstance(dtype, torch.dtype)
     try:
-        largest = _dry_run(model, card, config, device, start_token)
+        largest = _dry_run(model, card, config, device, start_token, compiled)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{card.name} fits on the GPU, but the largest step that the settings allow does not: "
@@ -147,45 +165,23 @@ def _graphs(spec: ModelSpec, config: EngineConfig, step: int) -> int:
     return graph_bytes(rows=rows, vocab=spec.vocab_size, step=step)
 
 
-def _dry_run(model: Model, card: ModelCard, config: EngineConfig, device: torch.device, start_token: int | None) -> int:
+def _dry_run(
+    model: Model, card: ModelCard, config: EngineConfig, device: torch.device, start_token: int | None, compiled: bool
+) -> int:
     """Bytes that the largest step took, with the tables that an engine keeps."""
-    rows, size, limit = config.max_num_seqs, config.block_size, model_len(card, config)
-    sources = start_token is not None
-    most = longest_text(limit, _MORE, block_size=size, sources=sources)
-    if most < 1:
+    run = DryRun.of(card, config, sources=start_token is not None)
+    if run is None:
         return 0
-    share = min(-(-config.max_batch_tokens // rows), most)
-    longest = most if sources else min(config.max_batch_tokens, most)  # a source is read in one piece, however long
-    # One more for where the next token goes, and all twice: sources have blocks of their own.
-    blocks = 2 * max(count * (-(-(length + _MORE) // size) + 1) for count, length in ((rows, share), (1, longest)))
-    small = dataclasses.replace(config, kv_tokens=blocks * size, cuda_graphs=False, prefix_cache=False)
     before = torch.cuda.memory_allocated(device)
-    engine = Engine(model, card, small, start_token=start_token)
-    cache = (blocks + 2) * KVCache.bytes_per_block(model.spec, size, model.embedding.weight.dtype)
+    engine = Engine(model, card, run.config, start_token=start_token)
+    cache = (run.blocks + 2) * KVCache.bytes_per_block(model.spec, config.block_size, model.embedding.weight.dtype)
     peaks = []
-    loads = ((rows, share), (1, longest))
-    engine.compile_ahead(partial(_compute, engine, loads))
-    for load in loads:
+    if not compiled:
+        engine.compile_ahead(partial(run.compute, engine))
+    for load in run.loads:
         torch.cuda.reset_peak_memory_stats(device)
-        _compute(engine, (load,))
+        run.compute_one(engine, load)
         peaks.append(torch.cuda.max_memory_allocated(device) - before - cache)
     del engine
     torch.cuda.empty_cache()
     return max(peaks)
-
-
-def _compute(engine: Engine, loads: Iterable[tuple[int, int]]) -> None:
-    """So many texts of one length together, for each load."""
-    for count, length in loads:
-        for assignment in _prompts(count, length, engine.card.vocab_size):
-            engine.add(assignment, 0.0)
-        while engine.has_work:
-            engine.step(0.0)
-
-
-def _prompts(count: int, length: int, vocab: int) -> Iterator[Assignment]:
-    """Texts of one length that differ, to be continued with everything asked for."""
-    for row in range(count):
-        prompt = pack_tokens((row + place) % vocab for place in range(length))
-        sampling = all_options() | {"max_tokens": _MORE, "ignore_eos": True, "seed": 1}
-        yield Assignment(request=b"dry-%d" % row, choice=0, attempt=0, prompt=prompt, sampling=sampling)

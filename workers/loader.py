@@ -1,7 +1,8 @@
 """Fills a model with the weights of a checkpoint, tensor by tensor.
 
 For a CPU files are mapped, not read: besides the model itself no more than one tensor is in memory at a time. For a GPU
-threads read ahead (`headrace.workers.parallel_reader`); besides the model about a gigabyte is there at a time.
+threads read ahead (`headrace.workers.parallel_reader`); besides the model about a gigabyte is there at a time. One more
+thread may fill the model, so that who loads it can do meanwhile what needs its shapes alone (`loading`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from headrace.kernels.policies import POLICIES
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.parallel_reader import ParallelReader
 
-__all__ = ["load_checkpoint", "load_model"]
+__all__ = ["Loading", "load_checkpoint", "load_model", "loading"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,32 +65,126 @@ def load_checkpoint(
 
     `read_ahead`: whether threads read the files; None does so for a GPU.
     """
-    policy = checkpoint.policy
+    with loading(
+        checkpoint, dtype=dtype, device=device, task=task, progress=progress, read_ahead=read_ahead
+    ) as under_way:
+        return under_way.finished()
+
+
+@contextlib.contextmanager
+def loading(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    device: torch.device | str,
+    task: nn.Module | None = None,
+    progress: Progress | None = None,
+    read_ahead: bool | None = None,
+) -> Iterator[Loading]:
+    """A model that can be looked at before its weights are there; whoever leaves early ends the loading.
+
+    Arguments and errors are those of `load_checkpoint`.
+    """
+    device = torch.device(device)
     with _Files(checkpoint) as files:
-        spec = own_spec(checkpoint.spec, policy, files, task)
+        spec = own_spec(checkpoint.spec, checkpoint.policy, files, task)
         model = Model(spec, dtype=checkpoint.dtype(dtype), device=device)
         if task is not None:
             task.to(checkpoint.dtype(dtype)).to_empty(device=device).requires_grad_(False)
+        filler = Filler(files, checkpoint.policy, spec, task)
         parameters = all_parameters(model, task)
-        total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
-        filler = Filler(files, policy, spec, task)
         # Looked for before any is read, so that a missing one is missed at once.
         order = [tensor for name in parameters for tensor in filler.tensors_of(name)]
-        device = torch.device(device)
         if device.type == "cuda" if read_ahead is None else read_ahead:
             files.read_ahead(order, device)
-        if progress is not None:
-            progress(0, total)
-        for name, parameter in parameters.items():
-            filler.fill(name, parameter)
+        under_way = Loading(model, filler, parameters, progress)
+        try:
+            yield under_way
+        finally:
+            under_way.stop()
+
+
+class Loading:
+    """A model that is being filled: by a thread of its own once it has begun, otherwise when the end is asked for.
+
+    Args:
+        model: it, empty.
+        filler: of its weights.
+        parameters: to be filled, by name.
+        progress: is told bytes done and bytes in all: the first and the last by who asks, those between by who fills.
+
+    Attributes:
+        model: whose weights are anything until it is finished, and change meanwhile.
+    """
+
+    def __init__(
+        self, model: Model, filler: Filler, parameters: dict[str, nn.Parameter], progress: Progress | None
+    ) -> None:
+        self.model = model
+        self._filler = filler
+        self._parameters = parameters
+        self._total = sum(parameter.nbytes for parameter in parameters.values())
+        self._told: Progress = (lambda done, total: None) if progress is None else progress
+        self._given_up = False
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+        self._told(0, self._total)
+
+    def begin(self) -> None:
+        """Load in a thread of its own, for a program that uses no streams but the default one.
+
+        What is not there yet is zero: who computes with it meanwhile shall find numbers.
+        """
+        for parameter in self._parameters.values():
+            parameter.zero_()
+        self._thread = Thread(target=self._run, name="loading", daemon=True)
+        self._thread.start()
+
+    def finished(self) -> Injected:
+        """The model with all its weights, packed; waits for them.
+
+        Raises:
+            ModelError: files are damaged or do not fit each other.
+        """
+        if self._thread is None:
+            self._fill()
+        else:
+            self._thread.join()
+            if self._error is not None:
+                raise self._error
+        self._told(self._total, self._total)
+        if unused := self._filler.unused():
+            shown = ", ".join(unused[:5])
+            logger.warning("%d tensors of the checkpoint are not part of the model: %s", len(unused), shown)
+        self.model.pack()
+        return Injected(self.model, tuple(unused))
+
+    def stop(self) -> None:
+        """End the thread, wherever it is."""
+        self._given_up = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        device = next(iter(self._parameters.values())).device
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a thread begins on the first GPU
+            self._fill()
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # so that finished is what has arrived
+        except BaseException as error:
+            self._error = error  # raised again where the end is waited for
+
+    def _fill(self) -> None:
+        done = 0
+        for name, parameter in self._parameters.items():
+            if self._given_up:
+                return
+            self._filler.fill(name, parameter)
             done += parameter.nbytes
-            if progress is not None:
-                progress(done, total)
-    if unused := filler.unused():
-        shown = ", ".join(unused[:5])
-        logger.warning("%d tensors of the checkpoint are not part of the model: %s", len(unused), shown)
-    model.pack()
-    return Injected(model, tuple(unused))
+            if done < self._total:
+                self._told(done, self._total)
 
 
 class _Files(contextlib.ExitStack):

@@ -15,7 +15,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,6 @@ def run_rank(
     # What is there now stays; the collector need not look at it again while tokens wait.
     gc.collect()
     gc.freeze()
-    # Libraries that look at the end for what they left behind would find, and complain of, all of it.
-    atexit.register(gc.unfreeze)
     launcher.send("warm", phases=clock.report().to_wire())
     if leader is not None:
         follow(engine, leader)
@@ -107,14 +106,15 @@ def _load(group: GroupSpec, launcher: Parent, clock: StartClock) -> Any:
             clock.end("model")
         elif done >= total and reading:
             reading = False
-            clock.end("weights", total)
+            _end(clock, "weights", total)
         if now - told_at >= _PROGRESS_EVERY or done >= total:
             told_at = now
             launcher.send("loading", done=done, total=total)
 
     launcher.send("loading", done=0, total=0)
     try:
-        load = _imported(group.engine)
+        with _uncollected():
+            load = _imported(group.engine)
         clock.end("imports")
         engine = load(Path(group.folder), group.config, name=group.model_name, progress=progress)
         _end(clock, "memory", engine.kv_tokens)
@@ -150,6 +150,20 @@ def _end(clock: StartClock, name: str, amount: int) -> None:
     ahead = compiled_ahead()
     clock.within(Phase(name="compile", seconds=ahead.seconds, amount=ahead.kernels, threads=ahead.threads))
     clock.end(name, amount)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within, all that is made stays. The collector would look through it again and again: a tenth of all imports, and
+    once more whenever the phases after them make much."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+    gc.freeze()
+    # Libraries that look at the end for what they left behind would find, and complain of, all of it.
+    atexit.register(gc.unfreeze)
 
 
 def _imported(path: str) -> Any:

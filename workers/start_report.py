@@ -1,9 +1,11 @@
 """Where the time of a start went: phases, one after the other, as the rank measured them. Light to import.
 
+Each is what the start waited for; what went on beside it is counted where it was waited for, or not at all.
+
 imports   of Python and of the libraries, since the launcher started the process
 model     its config and headers, and the GPU's context
-weights   read from the files to where they stay
 compile   kernels, by many threads, whenever that was: it is taken out of the phases it was needed in
+weights   read from the files to where they stay: what was left of it after compiling
 memory    the dry run of the largest step, and the KV cache
 kernels   warming up
 graphs    captured

@@ -29,7 +29,7 @@ def test_phases_with_what_was_counted_and_the_sum():
     assert lines == [
         "  python and imports      3.1 s",
         "  config and device       0.5 s",
-        "  reading weights         2.0 s  16.1 GB, 8.0 GB/s",
+        "  reading weights         2.0 s  16.1 GB",
         "  sizing the cache        0.8 s  849,312 tokens",
         "  warming up              1.2 s",
         "  CUDA graphs             2.0 s  11",

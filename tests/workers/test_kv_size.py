@@ -84,7 +84,7 @@ def test_the_weights_are_known_before_they_are_read(folder, loaded):
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, gpu, monkeypatch):
     gpu(1 * MIB)
     monkeypatch.setattr(engines, "pick_device", lambda wanted: GPU)
-    monkeypatch.setattr(engines, "load_model", lambda *args, **kwargs: pytest.fail("it was read"))
+    monkeypatch.setattr(engines, "loading", lambda *args, **kwargs: pytest.fail("it was read"))
     with pytest.raises(ModelError, match=r"does not fit on the GPU: weights .* = .* GiB, but 0\.00 GiB"):
         engines.load_engine(folder, EngineConfig())
 

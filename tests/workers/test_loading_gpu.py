@@ -8,8 +8,11 @@ import torch
 from headrace.kernels.model import Model
 from headrace.workers import parallel_reader
 from headrace.workers.checkpoint import Checkpoint
+from headrace.workers.config import EngineConfig
+from headrace.workers.engine import Engine
+from headrace.workers.engines import load_engine
 from headrace.workers.loader import load_checkpoint
-from tests.support.tiny_models import FAMILIES, make_model
+from tests.support.tiny_models import FAMILIES, make_model, save_model
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +38,22 @@ def test_what_a_gpu_gets_is_what_a_cpu_gets(family, dtype, piece, tmp_path, monk
     for name, parameter in found.items():
         assert parameter.is_cuda
         assert parameter.dtype is expected[name].dtype
+        assert torch.equal(parameter.cpu(), expected[name]), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_what_is_loaded_beside_a_rehearsal_is_complete(family, tmp_path, monkeypatch):
+    """Kernels are compiled while a thread fills the model: none of them writes to it, and none of it is missing."""
+    monkeypatch.setattr(parallel_reader, "_PIECE", 1000)
+    save_model(tmp_path, family)
+    engine = load_engine(tmp_path, EngineConfig(device="cuda", max_num_seqs=8, max_batch_tokens=64))
+    assert isinstance(engine, Engine)
+    assert engine._rehearsed == engine.card.max_model_len
+    monkeypatch.setattr(Model, "pack", lambda model: None)
+    expected = dict(load_checkpoint(Checkpoint(tmp_path), dtype="auto", device="cpu").model.named_parameters())
+    found = dict(engine._runner.model.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
         assert torch.equal(parameter.cpu(), expected[name]), name
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from headrace.addresses import cache_dir
 from headrace.workers import rank
+from headrace.workers.config import EngineConfig
+from headrace.workers.group import GroupSpec
 from headrace.workers.parallel_compile import Ahead
 from headrace.workers.start_report import Phase, StartClock
 
@@ -56,3 +63,45 @@ def test_what_was_compiled_ahead_is_a_phase_of_its_own(monkeypatch):
         Phase(name="compile", seconds=1.5, amount=60, threads=4),
         Phase(name="kernels", seconds=0.5),
     )
+
+
+def test_what_was_compiled_while_weights_came_is_told_apart(monkeypatch):
+    """Of the weights remains what was waited for."""
+    monkeypatch.setattr(rank, "compiled_ahead", lambda: Ahead(seconds=6.0, kernels=60, threads=16))
+    monkeypatch.setattr(rank, "_imported", lambda path: load)
+    times = iter((3.0, 4.0, 11.0, 13.0))
+    clock = StartClock(0.0, clock=lambda: next(times))
+
+    def load(folder, config, *, name, progress):
+        progress(0, 100)
+        progress(50, 100)
+        progress(100, 100)
+        return SimpleNamespace(kv_tokens=512)
+
+    group = GroupSpec(name="g", folder=Path("m"), model_name="m", config=EngineConfig())
+    said = []
+    launcher = SimpleNamespace(send=lambda kind, **fields: said.append((kind, fields.get("done"))))
+    rank._load(group, launcher, clock)
+    assert [(phase.name, phase.seconds) for phase in clock.report().phases] == [
+        ("imports", 3.0),
+        ("model", 1.0),
+        ("compile", 6.0),
+        ("weights", 1.0),
+        ("memory", 2.0),
+    ]
+    assert (said[0], said[-1]) == (("loading", 0), ("loading", 100))
+
+
+def test_imports_are_not_looked_through_by_the_collector():
+    """Nor what they made, later; and other things are."""
+    gc.unfreeze()
+    try:
+        with rank._uncollected():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 1000
+        with pytest.raises(ValueError, match="no such module"), rank._uncollected():
+            raise ValueError("no such module")
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()

@@ -20,10 +20,10 @@ from headrace.workers.encoder_graphs import RehearsedTexts
 from headrace.workers.encoder_runner import EncoderRunner
 from headrace.workers.engine import Engine
 from headrace.workers.engines import load_engine
-from headrace.workers.graphs import RehearsedGraphs
 from headrace.workers.parallel_compile import Ahead
 from headrace.workers.rehearsal import _enough, _Zeros, rehearsing
 from headrace.workers.runner import Runner
+from headrace.workers.step_graphs import RehearsedGraphs
 from headrace.workers.warmup import examples
 from tests.support.engines import generate
 from tests.support.launches import noted_launches
@@ -93,13 +93,13 @@ def launched(engine, monkeypatch):
     return noted
 
 
-def rehearsed(engine, monkeypatch, *, graphs=True):
+def rehearsed(engine, monkeypatch):
     """What would be compiled ahead."""
     for module in (runner, encoder_runner):
         monkeypatch.setattr(module, "compile_ahead", lambda rehearse, device: rehearse() or 1)
     with noted_launches(computed=False) as noted:
         if isinstance(engine, Engine):
-            engine._compile_examples(graphs)
+            engine.compile_examples()
         else:
             engine._runner.compile_ahead(engine._rehearse)
     return noted
@@ -118,7 +118,7 @@ def test_it_launches_what_the_steps_launch(tmp_path, monkeypatch, family):
 @interpreted
 def test_so_it_does_without_graphs(tmp_path, monkeypatch):
     made = launched(save(tmp_path, "llama", cuda_graphs=False), monkeypatch)
-    found = rehearsed(save(tmp_path, "llama", cuda_graphs=False), monkeypatch, graphs=False)
+    found = rehearsed(save(tmp_path, "llama", cuda_graphs=False), monkeypatch)
     assert len(made) > 5
     assert made == found
 
@@ -156,12 +156,12 @@ def test_where_an_earlier_start_kept_all_it_is_short(tmp_path, monkeypatch, sizi
     made = []
 
     def compile_ahead(rehearse, device):
-        made.append(rehearse.func.__name__)
+        made.append(getattr(rehearse, "func", rehearse).__name__)
         return small
 
     monkeypatch.setattr(runner, "compile_ahead", compile_ahead)
     monkeypatch.setattr(engine_module, "compiled_ahead", lambda: Ahead(kernels=sizing))
-    save(tmp_path, "llama")._compile_examples(True)
+    save(tmp_path, "llama").compile_examples()
     assert made == expected
 
 
