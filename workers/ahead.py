@@ -16,11 +16,13 @@ from headrace.kernels.model import Model
 from headrace.workers.config import EngineConfig
 from headrace.workers.dry_run import DryRun
 from headrace.workers.engine import Engine
-from headrace.workers.kv_size import expected_len
+from headrace.workers.kv_size import estimated, expected_len
 from headrace.workers.memory import GpuMemory
 from headrace.workers.served import model_len
 
 __all__ = ["Rehearsed", "rehearse"]
+
+_READING = 3 << 30  # bytes that must stay free for who reads the weights, about twice what that takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,10 @@ def rehearse(
         start_token: of an encoder-decoder.
     """
     run = DryRun.of(card, config, sources=start_token is not None)
-    if run is None:
+    dtype = model.embedding.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    needs = estimated(model.spec, card, config, dtype)
+    if run is None or needs.fixed + needs.workspace + run.blocks * needs.block + _READING > memory.allowed:
         return Rehearsed()
     model.reserve_positions(model_len(card, config))
     model.fold()  # what follows from the weights has its shape now, and its values once they are there
@@ -58,9 +63,7 @@ def rehearse(
             engine = Engine(model, card, run.config, start_token=start_token)
             engine.compile_ahead(partial(run.compute, engine))
             del engine
-        dtype = model.embedding.weight.dtype
-        assert isinstance(dtype, torch.dtype)
-        length = expected_len(model.spec, card, config, dtype, memory)
+        length = expected_len(card, config, memory, needs)
         if length is not None:
             small = run.config_of(config)
             Engine(model, card, small, start_token=start_token, max_model_len=length).compile_examples()

@@ -34,7 +34,7 @@ from headrace.workers.memory import (
 )
 from headrace.workers.served import model_len
 
-__all__ = ["check_before_loading", "expected_len", "with_measured_cache"]
+__all__ = ["check_before_loading", "estimated", "expected_len", "with_measured_cache"]
 
 _MARGIN = 1.05  # of what was measured: memory is handed out in pieces
 _CERTAIN = 1.5  # longest texts for which there must seem to be room, so that there is for one
@@ -53,21 +53,17 @@ def check_before_loading(
         return None
     memory = gpu_memory(device, config.gpu_memory_utilization)
     tokens, asked = _least_cache(card, config)
-    needs = _estimated(spec, card, config, dtype)
+    needs = estimated(spec, card, config, dtype)
     check_fits(memory, needs, name=card.name, tokens=tokens, dtype=card.dtype, asked=asked)
     return memory
 
 
-def expected_len(
-    spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype, memory: GpuMemory
-) -> int | None:
+def expected_len(card: ModelCard, config: EngineConfig, memory: GpuMemory, needs: Needs) -> int | None:
     """Most tokens of a text that the cache will allow, as far as that can be told before it is measured; or None."""
     length = model_len(card, config)
     if config.kv_tokens is not None:
         return min(length, config.kv_tokens // config.block_size * config.block_size)
-    blocks = kv_blocks(
-        memory, _estimated(spec, card, config, dtype), max_model_len=length, max_num_seqs=config.max_num_seqs
-    )
+    blocks = kv_blocks(memory, needs, max_model_len=length, max_num_seqs=config.max_num_seqs)
     return length if blocks * config.block_size >= min(_CERTAIN, config.max_num_seqs) * length else None
 
 
@@ -132,7 +128,7 @@ def _least_cache(card: ModelCard, config: EngineConfig) -> tuple[int, str | None
     return min(card.max_model_len, LEAST_TOKENS), None
 
 
-def _estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype) -> Needs:
+def estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype) -> Needs:
     """What is known without the weights."""
     blank = Model(spec, dtype=dtype, device="meta")
     tokens = max(config.max_batch_tokens, model_len(card, config)) if spec.is_encoder else config.max_batch_tokens

@@ -15,7 +15,7 @@ from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
 from headrace.workers.describe import describe
 from headrace.workers.engine import Engine
-from headrace.workers.kv_size import expected_len, with_measured_cache
+from headrace.workers.kv_size import estimated, expected_len, with_measured_cache
 from headrace.workers.loader import load_model
 from headrace.workers.memory import GpuMemory
 from headrace.workers.runner import Runner
@@ -128,8 +128,8 @@ def test_the_length_is_known_where_there_is_room_and_more(tmp_path):
     spec, length = served.model.spec, served.card.max_model_len
 
     def expected(total, **settings):
-        memory = GpuMemory(total=total, held=0, utilization=0.9)
-        return expected_len(spec, served.card, dataclasses.replace(CONFIG, **settings), torch.float32, memory)
+        memory, config = GpuMemory(total=total, held=0, utilization=0.9), dataclasses.replace(CONFIG, **settings)
+        return expected_len(served.card, config, memory, estimated(spec, served.card, config, torch.float32))
 
     assert expected(1 << 40) == length
     assert expected(1 << 40, max_num_seqs=1) == length
@@ -145,6 +145,14 @@ def test_without_memory_all_is_left_for_later(tmp_path, monkeypatch):
 
     compiling(monkeypatch, fail)
     assert served.rehearse() == Rehearsed()
+
+
+def test_who_reads_the_weights_keeps_room(tmp_path, monkeypatch):
+    """Or its thread would find no memory where there is enough for one after the other."""
+    served = Served(tmp_path, "llama")
+    compiling(monkeypatch, lambda compute, device: pytest.fail("it was rehearsed"))
+    memory = GpuMemory(total=3 << 30, held=0, utilization=0.9)
+    assert rehearse(served.model, served.card, CONFIG, memory, start_token=None) == Rehearsed()
 
 
 def test_it_happens_while_weights_are_read(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_the_weights_are_known_before_they_are_read(folder, loaded):
     checkpoint = Checkpoint(folder)
     spec, card = checkpoint.spec, describe(checkpoint)[0]
     for dtype in (torch.float32, torch.bfloat16):
-        needs = kv_size._estimated(spec, card, EngineConfig(), dtype)
+        needs = kv_size.estimated(spec, card, EngineConfig(), dtype)
         assert needs.weights == sum(p.numel() for p in load_model(folder).parameters()) * dtype.itemsize
 
 
@@ -93,7 +93,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, gpu, monke
 def test_a_setting_that_asks_for_too_much_is_named(folder, gpu, monkeypatch, setting):
     checkpoint = Checkpoint(folder)
     spec, card = checkpoint.spec, describe(checkpoint)[0]
-    needs = kv_size._estimated(spec, card, EngineConfig(cuda_graphs=False), torch.float32)
+    needs = kv_size.estimated(spec, card, EngineConfig(cuda_graphs=False), torch.float32)
     gpu(int((needs.fixed + needs.cache(300)) / 0.9))
     config = EngineConfig(**{setting: 512}, cuda_graphs=False)
     monkeypatch.setattr("headrace.workers.memory.LEAST_TOKENS", 16)
