@@ -36,6 +36,7 @@ def fits(shape: LinearShape, tiles: Tiles) -> bool:
         return powers and fit and tiles.programs >= 1
     tiles_of_part = math.ceil(math.ceil(shape.k / tiles.block_k) / tiles.splits)
     no_part_is_empty = tiles_of_part * (tiles.splits - 1) * tiles.block_k < shape.k
+    powers &= tiles.block_m & (tiles.block_m - 1) == 0 and tiles.block_m <= shape.rows
     return powers and shape.itemsize == 2 and tiles.block_n >= 16 and tiles.block_k >= 16 and no_part_is_empty
 
 
@@ -49,9 +50,18 @@ def test_a_guess_fits(size, rows, gated, itemsize, gpu):
     tiles = guess(shape, **gpu)
     assert fits(shape, tiles)
     if tiles.kernel == "skinny":
-        stage = (tiles.block_n * (2 if gated else 1) + max(16, rows)) * tiles.block_k * itemsize
+        block_m = tiles.block_m or rows
+        stage = (tiles.block_n * (2 if gated else 1) + max(16, block_m)) * tiles.block_k * itemsize
         assert tiles.stages == 2 or tiles.stages * stage <= gpu["shared_memory"]
-        assert tiles.splits == 1 or tiles.splits * -(-size[0] // tiles.block_n) <= gpu["processors"]
+        programs = tiles.splits * -(-size[0] // tiles.block_n) * -(-rows // block_m)
+        assert tiles.splits == 1 or programs <= gpu["processors"]
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (3072, 1024), (4096, 1024), (1024, 4096)])  # of BERT-large
+def test_a_guess_for_many_rows_and_a_small_weight_fills_a_gpu(size):
+    tiles = guess(LinearShape(128, *size, False, 2), **H200)
+    assert tiles.kernel == "skinny"
+    assert 90 <= tiles.splits * (size[0] // tiles.block_n) * (128 // tiles.block_m) <= H200["processors"]
 
 
 def test_what_is_stored_fits():
