@@ -12,6 +12,7 @@ rounded to the type of the values, as tensor cores want it. Products of float32 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -29,8 +30,9 @@ __all__ = ["attend"]
 
 # Rows, columns, warps and stages of a tile by bytes of a value and padded head size. 16-bit types: of the larger tiles
 # one fills a processor of today's large GPUs, whose two groups of warps share each key; of the others queries and two
-# stages of keys and values stay under 100 KB, which is what the smallest GPUs have. Exact products of float32 are not
-# for tensor cores; their operands stand in registers, which more rows or fewer warps would overflow.
+# stages of keys and values stay under 100 KB, which is what the smallest GPUs have. They are also for queries that in
+# larger ones would leave processors without any. Exact products of float32 are not for tensor cores; their operands
+# stand in registers, which more rows or fewer warps would overflow.
 _LARGE_TILES = {
     (2, 64): (128, 64, 8, 3),
     (2, 128): (128, 64, 8, 3),
@@ -80,9 +82,10 @@ def attend(
     assert q_thd.stride(1) == keys.stride(1) == values.stride(1) == spec.head_dim
     assert keys.stride(0) == values.stride(0)
     assert spec.scale > 0
-    rows, columns, warps, stages = _tile(q_thd.element_size(), max(dims, 64), q_thd.device)
     heads = min(group, _MOST_PACKED_HEADS)
     head_tiles = triton.cdiv(group, heads)
+    all_rows = spec.num_kv_heads * head_tiles * heads * (len(q_thd) - first_sequence)
+    rows, columns, warps, stages = _tile(q_thd.element_size(), max(dims, 64), all_rows, q_thd.device)
     num_sequences = len(batch.query_lens) - first_sequence
     # Each sequence may end with a tile that is not full.
     tiles = (len(q_thd) - first_sequence) // (rows // heads) + num_sequences
@@ -130,16 +133,23 @@ def attend(
     )
 
 
+def _tile(size: int, dims: int, all_rows: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Rows, columns, warps and stages for so many rows on a device."""
+    large = _LARGE_TILES.get((size, dims))
+    if large is not None and all_rows >= large[0] * _large_processors(device):
+        return large
+    return _TILES[size, dims]
+
+
 @cache
-def _tile(size: int, dims: int, device: torch.device) -> tuple[int, int, int, int]:
-    """Rows, columns, warps and stages on a device."""
-    is_large = device.type == "cuda" and _shared_bytes(device) >= _LARGE_BYTES
-    return (_TILES | (_LARGE_TILES if is_large else {}))[size, dims]
-
-
-def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program can have."""
-    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
+def _large_processors(device: torch.device) -> float:
+    """How many processors of a device can hold a large tile; infinite if none can, for then there are never enough."""
+    if device.type != "cuda":
+        return math.inf
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    if properties["max_shared_mem"] < _LARGE_BYTES:
+        return math.inf
+    return float(properties["multiprocessor_count"])
 
 
 @triton.jit(do_not_specialize=["first_sequence", "num_sequences", "table_stride", "window"])
