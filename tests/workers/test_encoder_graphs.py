@@ -26,7 +26,7 @@ def with_static_texts(engine: EncoderEngine) -> EncoderEngine:
     Kernels("interpreted")  # skips where kernels are compiled
     runner = engine._runner
     step = StaticTexts(
-        lambda batch: runner._model.hidden(batch, None),
+        runner._computed,
         max_tokens=runner._max_tokens,
         max_texts=runner._max_texts,
         max_model_len=runner._max_model_len,
