@@ -71,6 +71,11 @@ def skinny(
         first = _tile(gate, begin + k, K, PARTIAL, WIDE)
         first_up = _tile(gate + N * K, begin + k, K, PARTIAL, WIDE) if GATED else first
     wait_for_earlier(CHAINED)
+    held = held[:, None] & (m < num_rows)[None, :]
+    if residual is not None:
+        addends = residual + m[None, :].to(tl.int64) * residual_stride + n[:, None]
+        if SPLITS == 1:  # on its way while products are added up
+            addend = tl.load(addends, mask=held, other=0.0)
     for at in range(begin + (BLOCK_K if EARLY else 0), tl.minimum(begin + SHARE, K), BLOCK_K):
         some = _some(rows, at + k, inside, K, WIDE)
         value = _added(value, _tile(gate, at + k, K, PARTIAL, WIDE), some, ON_THE_RIGHT)
@@ -107,10 +112,10 @@ def skinny(
         value = activated(value, ACTIVATION)
     if GATED:
         value *= other
-    held = held[:, None] & (m < num_rows)[None, :]
     if residual is not None:
-        places = residual + m[None, :].to(tl.int64) * residual_stride + n[:, None]
-        value += tl.load(places, mask=held, other=0.0).to(tl.float32)
+        if SPLITS > 1:
+            addend = tl.load(addends, mask=held, other=0.0)
+        value += addend.to(tl.float32)
     tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], value.to(out.dtype.element_ty), mask=held)
 
 
