@@ -40,11 +40,13 @@ _SKINNY = {
     16: [(64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (32, 256, 4, 4)],
     64: [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 8, 3), (32, 128, 4, 4)],
     128: [(128, 64, 8, 4), (64, 64, 4, 4)],
+    256: [],
 }
 _SKINNY_GATED = {
     16: [(64, 128, 4, 3), (64, 64, 4, 5), (32, 128, 4, 4)],
     64: [(64, 64, 4, 4), (64, 128, 4, 3), (32, 128, 4, 3)],
     128: [(64, 64, 8, 3)],
+    256: [],
 }
 # The same, and rows of x in front, for small weights, whose tiles are too few if all rows are in each. What programs
 # read together grows as tiles get smaller, what the last one adds up as the depth is cut: one of these is best, and
@@ -57,6 +59,9 @@ _ROW_TILES = [
 _ROW_TILES_GATED = [(64, 64, 64, 4, 4), (64, 32, 128, 4, 3), (32, 64, 64, 4, 5), (32, 32, 128, 4, 4)]
 _FEWEST_CUT_ROWS = 64
 _SMALL = 2**24  # weights
+# For large ones, rows that do not fit into one tile.
+_LARGE_TILES = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 8, 4), (256, 64, 64, 8, 4)]
+_LARGE_TILES_GATED = [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (128, 128, 64, 8, 3)]
 _WEIGHT_BYTES = 2.2e9  # of which weights are cut; a head may take most of it
 _FEWEST_COPIES, _COPIED_BYTES = 24, 2e8  # of a weight: so many that no cache holds them all
 _FINALISTS = 6  # that are timed again, for clocks and neighbours change from one to the next
@@ -96,7 +101,7 @@ class Candidate:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Repeatable; default all.")
-@click.option("--rows", "rows", multiple=True, type=int, default=(1, 2, 4, 16, 32, 64, 128), help="Repeatable.")
+@click.option("--rows", "rows", multiple=True, type=int, default=(1, 2, 4, 16, 32, 64, 128, 256), help="Repeatable.")
 @click.option("--workers", default=os.cpu_count() or 1, help="Processes that compile.")
 @click.option("--table", "path", type=click.Path(path_type=Path), help="File.  [default: that of this GPU]")
 def main(models: tuple[str, ...], rows: tuple[int, ...], workers: int, path: Path | None) -> None:
@@ -199,6 +204,8 @@ def _skinny_tiles(found: Product, rows: int) -> Iterator[tuple[int, int, int, in
         yield 0, *tile
     if rows >= _FEWEST_CUT_ROWS and found.n * found.k * (2 if found.gated else 1) <= _SMALL:
         yield from (tile for tile in (_ROW_TILES_GATED if found.gated else _ROW_TILES) if tile[0] <= rows)
+    elif rows > 128:
+        yield from _LARGE_TILES_GATED if found.gated else _LARGE_TILES
 
 
 def _way(found: Product, rows: int, *tiles: Any, **more: Any) -> Candidate:

@@ -34,10 +34,11 @@ __all__ = [
     "whole_splits",
 ]
 
-MOST_ROWS = 128  # more share a weight so well that it is not what a product waits for
+MOST_ROWS = 256  # more share a weight so well that it is not what a product waits for
+_GUESSED_ROWS = 128  # above, it takes a measurement to tell
 KEPT = 8192  # values of a row that a program can keep; of more, too few rows of the weight would be on their way
 GEMV_ROWS = 4  # each costs the cores one multiplication a weight, which is about as long as it takes to come
-_BUCKETS = (1, 2, 4, 16, 32, 64, 128)
+_BUCKETS = (1, 2, 4, 16, 32, 64, 128, 256)
 
 _SMALL = 2**23  # weights of a product that takes no longer than the launches around it
 _FEW = 2**22  # weights that do not keep a GPU busy in tiles of four rows
@@ -123,7 +124,7 @@ def guess(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
         return _guess_keep(shape, processors)
     if shape.rows <= 2 or (shape.rows <= GEMV_ROWS and (shape.itemsize == 4 or not shape.gated)):
         return _guess_gemv(shape)
-    if shape.itemsize != 2 or (shape.rows > _TILE_ROWS and shape.n * shape.k > _SMALL):
+    if shape.itemsize != 2 or shape.rows > _GUESSED_ROWS or (shape.rows > _TILE_ROWS and shape.n * shape.k > _SMALL):
         return Tiles("torch")  # exact products of float32 are not for tensor cores
     return _guess_skinny(shape, processors, shared_memory)
 

@@ -1,4 +1,4 @@
-"""The kernel of products of up to 128 rows with a 16-bit weight, on tensor cores.
+"""The kernel of products of up to 256 rows with a 16-bit weight, on tensor cores.
 
 A tensor core takes 64 rows of what stands on its left, so that is the weight: few rows of x fill its right side. Tiles
 of fewer than 64 columns, for many rows of x, have the weight on the right. While the kernel before is still running, a

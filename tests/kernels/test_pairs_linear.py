@@ -164,6 +164,7 @@ def compute_with(kernels: Kernels, tiles: Tiles, given: dict) -> torch.Tensor:
         *[(Tiles("skinny", 32, 128, 4, 6, 1, block_m=32), 97), (Tiles("skinny", 64, 64, 4, 4, 4, block_m=16), 65)],
         *[(Tiles("skinny", 128, 64, 8, 4, 2, block_m=64), 128), (Tiles("skinny", 64, 128, 4, 3, 4, ahead=True), 64)],
         *[(Tiles("skinny", block_n, 64, 4, 4, 3, ahead=True, block_m=64), 128) for block_n in (16, 32, 64)],
+        *[(Tiles("skinny", 128, 64, 8, 3, 1, block_m=128), 256), (Tiles("skinny", 64, 64, 4, 4, 2, block_m=64), 129)],
     ],
 )
 def test_tiles_make_no_difference(kernels: Kernels, case):

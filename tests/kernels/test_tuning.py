@@ -43,7 +43,7 @@ def fits(shape: LinearShape, tiles: Tiles) -> bool:
 @pytest.mark.parametrize("gpu", [H200, SMALL], ids=["h200", "small"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 4, 16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_guess_fits(size, rows, gated, itemsize, gpu):
     shape = LinearShape(rows, *size, gated, itemsize)
@@ -104,3 +104,4 @@ def test_a_gpu_without_a_table_has_none_stored():
 
 def test_rows_are_rounded_up():
     assert [row_bucket(rows) for rows in (1, 2, 3, 5, 16, 17, 33, 65, 128)] == [1, 2, 4, 16, 16, 32, 64, 128, 128]
+    assert row_bucket(129) == row_bucket(256) == tuning.MOST_ROWS
