@@ -1,4 +1,4 @@
-"""Tuning: that all that is tried can be launched, which products layers ask for, and that it is forgotten afterwards."""
+"""Tuning: what is tried can be launched and is forgotten afterwards, and which products layers ask for."""
 
 from __future__ import annotations
 
@@ -79,10 +79,24 @@ def test_tiles_that_are_tried_take_the_place_of_stored_ones():
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"), [("llama-8b", True), ("falcon-7b", True), ("t5-3b", False), ("bert-large", False)]
+    ("name", "layers"), [("llama-8b", True), ("falcon-7b", True), ("t5-3b", False), ("bert-large", True)]
 )
-def test_layers_of_decoders_alone_are_asked(name, layers):
+def test_layers_of_one_model_alone_are_asked(name, layers):
     assert has_layers(name) is layers
+
+
+@pytest.mark.gpu
+def test_layers_of_an_encoder_choose_for_the_tokens_of_a_text():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    finalists = {}
+    for found in products_of("bert-large"):
+        ways = [way for way in candidates_of(found, 128) if way.tiles.block_m][:2]
+        if ways:
+            finalists[ways[0].shape] = [row_of(way.shape, way.tiles) for way in ways]
+    chosen = list(settled("bert-large", 128, finalists))
+    assert {(shape.n, shape.k) for shape, _, _ in chosen} == {(found.n, found.k) for found in BERT}
+    assert all(row in finalists[shape] and saved < 1 for shape, row, saved in chosen)
 
 
 @pytest.mark.gpu
