@@ -47,6 +47,8 @@ _TILES = {
     (4, 128): (16, 32, 8, 2),
     (4, 256): (16, 32, 8, 1),
 }
+# Of whole texts that are together no longer than a tile has columns: all that a program reads is on its way at once.
+_SHORT_TILES = {(2, 64): (64, 128, 4, 1)}
 _FEWEST_DIMS = 16  # of a product on tensor cores
 _MOST_PACKED_HEADS = 8  # in a tile; one that held all 71 of Falcon's would see one token only
 
@@ -85,7 +87,11 @@ def attend(
     heads = min(group, _MOST_PACKED_HEADS)
     head_tiles = triton.cdiv(group, heads)
     all_rows = spec.num_kv_heads * head_tiles * heads * (len(q_thd) - first_sequence)
-    rows, columns, warps, stages = _tile(q_thd.element_size(), max(dims, 64), all_rows, q_thd.device)
+    size = q_thd.element_size(), max(dims, 64)
+    tile, at_once = _tile(*size, all_rows, q_thd.device), False
+    if not paged and size in _SHORT_TILES and len(q_thd) <= _SHORT_TILES[size][1]:
+        tile, at_once = _SHORT_TILES[size], True
+    rows, columns, warps, stages = tile
     num_sequences = len(batch.query_lens) - first_sequence
     # Each sequence may end with a tile that is not full.
     tiles = (len(q_thd) - first_sequence) // (rows // heads) + num_sequences
@@ -120,6 +126,7 @@ def attend(
         WINDOWED=spec.window is not None,
         CAPPED=spec.soft_cap is not None,
         ROUNDED=spec.alibi is not None and spec.alibi.rounded,
+        AT_ONCE=at_once,
         WIDE=WIDE_DOTS,
         HEADS=heads,
         HEAD_TILES=head_tiles,
@@ -183,6 +190,7 @@ def _attend(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     ROUNDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     WIDE: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_TILES: tl.constexpr,
@@ -212,9 +220,8 @@ def _attend(
     held_rows = (rows < QUERIES * HEADS) & (query < num_queries) & (of_group < GROUP)
     held_q = held_rows[:, None] & (dims < HEAD_DIM)[None, :]
     q_place = (start + query)[:, None] * q_stride + head[:, None] * HEAD_DIM + dims[None, :]
-    q_tile = tl.load(q + q_place, mask=held_q, other=0.0)
-    if WIDE:
-        q_tile = q_tile.to(tl.float32)
+    if not AT_ONCE:
+        q_tile = _queries(q + q_place, held_q, WIDE)
     position = context - num_queries + query
     slope = slopes_of(slopes, head, held_rows)
 
@@ -236,8 +243,11 @@ def _attend(
         block_row = block_tables + sequence * table_stride
         key = first + tl.arange(0, COLUMNS)
         block = tl.load(block_row + key // BLOCK_SIZE, mask=key < stop, other=0)
-    for AT_EDGE in tl.static_range(2):
-        for begin in range(edge if AT_EDGE else first, stop if AT_EDGE else edge, COLUMNS):
+    end = stop
+    if AT_ONCE:  # one tile: with bounds that the compiler knows, it makes no loop
+        edge, end = 0, COLUMNS
+    for AT_EDGE in tl.static_range(1 if AT_ONCE else 0, 2):
+        for begin in range(edge if AT_EDGE else first, end if AT_EDGE else edge, COLUMNS):
             key = begin + tl.arange(0, COLUMNS)
             held = key < stop
             if PAGED:
@@ -250,6 +260,8 @@ def _attend(
             held_values = held[:, None] & (dims < HEAD_DIM)[None, :]
             k_tile = tl.load(keys + place, mask=held_values, other=0.0)
             v_tile = tl.load(values + place, mask=held_values, other=0.0)
+            if AT_ONCE:  # here, since nothing is asked for behind a tile that is waited for
+                q_tile = _queries(q + q_place, held_q, WIDE)
             if WIDE:
                 k_tile = k_tile.to(tl.float32)
                 v_tile = v_tile.to(tl.float32)
@@ -284,6 +296,13 @@ def _attend(
     found = found / tl.where(total == 0.0, 1.0, total)[:, None]
     out_place = (start + query)[:, None] * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dims[None, :]
     tl.store(out + out_place, found.to(out.dtype.element_ty), mask=held_q)
+
+
+@triton.jit
+def _queries(places, held, WIDE: tl.constexpr):
+    """A tile of queries, as tensor cores take them."""
+    tile = tl.load(places, mask=held, other=0.0)
+    return tile.to(tl.float32) if WIDE else tile
 
 
 @triton.jit

@@ -181,6 +181,8 @@ def test_queries_may_be_part_of_a_wider_tensor(kernels: Kernels, case):
     [
         *[(torch.float32, USUAL, "plain", (1, 33, 5, 70)), (torch.float32, USUAL, "relative", (1, 33, 5, 70))],
         (torch.bfloat16, (4, 4, 16), "relative", (1, 33, 5, 70)),
+        # All tokens in one tile of columns, and one more.
+        *[(torch.float16, (2, 2, 64), "plain", lens) for lens in ((1,), (128,), (63, 65), (100, 29))],
     ],
     [
         *product(DTYPES, [(16, 16, 64), (12, 4, 80), (8, 8, 128)], ["plain", "relative"], [(1, 33, 5, 70)]),
