@@ -31,8 +31,8 @@ __all__ = ["attend"]
 # Rows, columns, warps and stages of a tile by bytes of a value and padded head size. 16-bit types: of the larger tiles
 # one fills a processor of today's large GPUs, whose two groups of warps share each key; of the others queries and two
 # stages of keys and values stay under 100 KB, which is what the smallest GPUs have. They are also for queries that in
-# larger ones would leave processors without any. Exact products of float32 are not for tensor cores; their operands
-# stand in registers, which more rows or fewer warps would overflow.
+# larger ones would leave half of the processors without any. Exact products of float32 are not for tensor cores; their
+# operands stand in registers, which more rows or fewer warps would overflow.
 _LARGE_TILES = {
     (2, 64): (128, 64, 8, 3),
     (2, 128): (128, 64, 8, 3),
@@ -143,7 +143,7 @@ def attend(
 def _tile(size: int, dims: int, all_rows: int, device: torch.device) -> tuple[int, int, int, int]:
     """Rows, columns, warps and stages for so many rows on a device."""
     large = _LARGE_TILES.get((size, dims))
-    if large is not None and all_rows >= large[0] * _large_processors(device):
+    if large is not None and 2 * all_rows >= large[0] * _large_processors(device):
         return large
     return _TILES[size, dims]
 
