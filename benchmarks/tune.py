@@ -39,15 +39,31 @@ _GEMV_DEPTHS = [(256, 1), (512, 2), (1024, 4), (2048, 8), (512, 1), (2048, 4)]
 _SKINNY = {
     16: [(64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (32, 256, 4, 4)],
     64: [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 8, 3), (32, 128, 4, 4)],
-    128: [(64, 128, 4, 3), (128, 64, 8, 4), (64, 64, 4, 4), (32, 128, 8, 4), (32, 64, 8, 6), (16, 128, 8, 4)],
+    128: [(128, 64, 8, 4), (64, 64, 4, 4)],
+    256: [],
 }
 _SKINNY_GATED = {
     16: [(64, 128, 4, 3), (64, 64, 4, 5), (32, 128, 4, 4)],
     64: [(64, 64, 4, 4), (64, 128, 4, 3), (32, 128, 4, 3)],
-    128: [(64, 64, 8, 3), (32, 64, 8, 4)],
+    128: [(64, 64, 8, 3)],
+    256: [],
 }
+# The same, and rows of x in front, for small weights, whose tiles are too few if all rows are in each. What programs
+# read together grows as tiles get smaller, what the last one adds up as the depth is cut: one of these is best, and
+# which one depends on the shape. All stay below half of a processor's shared memory, so that the next kernel's
+# programs find room before they are done.
+_ROW_TILES = [
+    *[(64, 64, 128, 4, 3), (64, 64, 64, 4, 6), (64, 128, 64, 8, 4), (128, 64, 64, 8, 4)],
+    *[(64, 32, 128, 4, 4), (64, 32, 64, 4, 8), (32, 64, 128, 4, 4), (32, 32, 128, 4, 6), (16, 64, 128, 4, 4)],
+]
+_ROW_TILES_GATED = [(64, 64, 64, 4, 4), (64, 32, 128, 4, 3), (32, 64, 64, 4, 5), (32, 32, 128, 4, 4)]
+_FEWEST_CUT_ROWS = 64
+_SMALL = 2**24  # weights
+# For large ones, rows that do not fit into one tile.
+_LARGE_TILES = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 8, 4), (256, 64, 64, 8, 4)]
+_LARGE_TILES_GATED = [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (128, 128, 64, 8, 3)]
 _WEIGHT_BYTES = 2.2e9  # of which weights are cut; a head may take most of it
-_MOST_COPIES = 24
+_FEWEST_COPIES, _COPIED_BYTES = 24, 2e8  # of a weight: so many that no cache holds them all
 _FINALISTS = 6  # that are timed again, for clocks and neighbours change from one to the next
 _NEAR = 1.06  # times the best: so much longer alone may a product take that layers are asked about
 _ROUNDS = 5
@@ -85,7 +101,7 @@ class Candidate:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Repeatable; default all.")
-@click.option("--rows", "rows", multiple=True, type=int, default=(1, 2, 4, 16, 32, 64, 128), help="Repeatable.")
+@click.option("--rows", "rows", multiple=True, type=int, default=(1, 2, 4, 16, 32, 64, 128, 256), help="Repeatable.")
 @click.option("--workers", default=os.cpu_count() or 1, help="Processes that compile.")
 @click.option("--table", "path", type=click.Path(path_type=Path), help="File.  [default: that of this GPU]")
 def main(models: tuple[str, ...], rows: tuple[int, ...], workers: int, path: Path | None) -> None:
@@ -171,14 +187,25 @@ def _keep_ways(found: Product) -> Iterator[Candidate]:
 def _skinny_ways(found: Product, rows: int) -> Iterator[Candidate]:
     from headrace.kernels.tuning import whole_splits
 
-    limit = next(limit for limit in _SKINNY if rows <= limit)
-    for block_n, block_k, warps, stages in (_SKINNY_GATED if found.gated else _SKINNY)[limit]:
-        tiles = -(-found.n // block_n)
+    for block_m, block_n, block_k, warps, stages in _skinny_tiles(found, rows):
+        tiles = -(-found.n // block_n) * (-(-rows // block_m) if block_m else 1)
         fill = (1, 2) if rows <= 64 else (0.5, 1, 2)  # adding up parts costs with rows
         wanted = {max(1, min(8, int(each * _processors() / tiles))) for each in fill}
         for splits in sorted({whole_splits(found.k, block_k, count) for count in wanted}):
-            for early in (False, True):
-                yield _way(found, rows, "skinny", block_n, block_k, warps, stages, splits, early=early)
+            shape = (block_n, block_k, warps, stages, splits)
+            for early, ahead in ((False, False), (True, False), (False, True)):
+                yield _way(found, rows, "skinny", *shape, early=early, ahead=ahead, block_m=block_m)
+
+
+def _skinny_tiles(found: Product, rows: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Rows of x, 0 for all, and of the weight, depth, warps and stages."""
+    limit = next(limit for limit in _SKINNY if rows <= limit)
+    for tile in (_SKINNY_GATED if found.gated else _SKINNY)[limit]:
+        yield 0, *tile
+    if rows >= _FEWEST_CUT_ROWS and found.n * found.k * (2 if found.gated else 1) <= _SMALL:
+        yield from (tile for tile in (_ROW_TILES_GATED if found.gated else _ROW_TILES) if tile[0] <= rows)
+    elif rows > 128:
+        yield from _LARGE_TILES_GATED if found.gated else _LARGE_TILES
 
 
 def _way(found: Product, rows: int, *tiles: Any, **more: Any) -> Candidate:
@@ -214,7 +241,7 @@ class Bench:
 
         height = found.n * (2 if found.gated else 1)
         size = height * found.k
-        copies = min(_MOST_COPIES, len(self._values) // size)
+        copies = min(max(_FEWEST_COPIES, int(_COPIED_BYTES / 2) // size), len(self._values) // size)
         values = self._values.view(getattr(torch, found.dtype))
         return [values[index * size :][:size].view(height, found.k) for index in range(copies)]
 
@@ -308,6 +335,8 @@ def write_table(path: Path, gpu: str, rows: list[dict[str, Any]]) -> None:
 def _line(row: dict[str, Any]) -> str:
     size = f"{row['rows']:>3} x {row['n']:>6}{' gated' if row['gated'] else '':<6} x {row['k']:>5}"
     tiles = f"{row['block_n']} x {row['block_k']}, {row['warps']} warps, {row['stages']} stages, {row['splits']} parts"
+    tiles += f", {row['block_m']} rows" if row["block_m"] else ""
+    tiles += "".join(f", {name}" for name in ("early", "ahead") if row[name])
     return f"{size}  {row['us']:>8.2f} us {row['gb_s']:>5} GB/s  {row['kernel']:<6} {tiles}"
 
 

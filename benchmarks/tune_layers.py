@@ -1,8 +1,8 @@
 """The second half of tuning: of the tiles that were fastest alone, those with which whole layers are.
 
 A product runs between others, whose beginnings and ends it shares the GPU with, so the fastest alone need not be the
-fastest there. Some layers of the model decode; product by product the finalists are tried, the others being as they
-were chosen by then.
+fastest there. Some layers of the model decode, or those of an encoder read a text; product by product the finalists are
+tried, the others being as they were chosen by then.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from headrace.benchmarks.models import spec_of
 from headrace.benchmarks.shapes import find_source
 from headrace.benchmarks.tune_replay import Replay
+
+if TYPE_CHECKING:
+    from headrace.kernels.model import Model
 
 __all__ = ["Finalists", "has_layers", "settled"]
 
@@ -28,9 +31,8 @@ _ROUNDS = 7
 
 
 def has_layers(name: str) -> bool:
-    """Whether layers of a model can decode without anything else."""
-    spec = spec_of(find_source(name))
-    return not spec.is_encoder and spec.encoder is None
+    """Whether layers of a model can be computed without anything else."""
+    return spec_of(find_source(name)).encoder is None
 
 
 def settled(name: str, count: int, finalists: Finalists) -> Iterator[tuple[Any, dict[str, Any], float]]:
@@ -39,10 +41,10 @@ def settled(name: str, count: int, finalists: Finalists) -> Iterator[tuple[Any, 
 
     Args:
         name: of the shape.
-        count: sequences that decode.
+        count: sequences that decode, of an encoder the tokens of a text.
         finalists: of these products.
     """
-    step = _decode_step(name, count)
+    step = _step(name, count)
     chosen = {product: rows[0] for product, rows in finalists.items()}
     for product in _products_of(step, finalists):
         replays = []
@@ -56,12 +58,10 @@ def settled(name: str, count: int, finalists: Finalists) -> Iterator[tuple[Any, 
         yield product, chosen[product], 1 - times[best] / times[0]
 
 
-def _decode_step(name: str, count: int) -> Callable[[], Any]:
-    """Some layers of a model, with random weights, for sequences that all have the same length."""
+def _step(name: str, count: int) -> Callable[[], Any]:
+    """Some layers of a model, with random weights, for so many tokens."""
     import torch
 
-    from headrace.kernels.batch import Batch
-    from headrace.kernels.kv import KVCache
     from headrace.kernels.model import Model
 
     source = find_source(name, layers=_LAYERS)
@@ -72,8 +72,28 @@ def _decode_step(name: str, count: int) -> Callable[[], Any]:
     model.pack()
     model.fold()
     model.reserve_positions(_CONTEXT)
+    return _text_step(model, count) if spec.is_encoder else _decode_step(model, count)
+
+
+def _text_step(model: Model, count: int) -> Callable[[], Any]:
+    """A text of so many tokens."""
+    import torch
+
+    from headrace.workers.batch import whole_texts
+
+    batch = whole_texts(torch.arange(count, device="cuda"), [count])
+    return lambda: model.hidden(batch, None)
+
+
+def _decode_step(model: Model, count: int) -> Callable[[], Any]:
+    """So many sequences that all have the same length."""
+    import torch
+
+    from headrace.kernels.batch import Batch
+    from headrace.kernels.kv import KVCache
+
     blocks = count * _CONTEXT // _BLOCK
-    cache = KVCache(spec, blocks, _BLOCK, dtype, "cuda")
+    cache = KVCache(model.spec, blocks, _BLOCK, model.embedding.weight.dtype, "cuda")
     tables = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(count, -1)
     positions = torch.full((count,), _CONTEXT - 1, device="cuda")
     lens = torch.full((count,), _CONTEXT, device="cuda", dtype=torch.int32)

@@ -34,13 +34,16 @@ __all__ = [
     "whole_splits",
 ]
 
-MOST_ROWS = 128  # more share a weight so well that it is not what a product waits for
+MOST_ROWS = 256  # more share a weight so well that it is not what a product waits for
+_GUESSED_ROWS = 128  # above, it takes a measurement to tell
 KEPT = 8192  # values of a row that a program can keep; of more, too few rows of the weight would be on their way
 GEMV_ROWS = 4  # each costs the cores one multiplication a weight, which is about as long as it takes to come
-_BUCKETS = (1, 2, 4, 16, 32, 64, 128)
+_BUCKETS = (1, 2, 4, 16, 32, 64, 128, 256)
 
 _SMALL = 2**23  # weights of a product that takes no longer than the launches around it
 _FEW = 2**22  # weights that do not keep a GPU busy in tiles of four rows
+
+_TILE_ROWS = 64  # of x, on one side of a tensor core; more are cut into tiles where a weight is small
 
 _INTERPRETED_ROWS = 64  # of a weight
 _INTERPRETED_PROGRAMS = 2
@@ -83,6 +86,8 @@ class Tiles:
         splits: parts of the depth that are programs of their own.
         programs: that share the rows of the weight among them (keep).
         early: whether a program's first tile of the weight is fetched before the kernel before is done (skinny).
+        ahead: whether all of its tiles are asked into the L2 cache before that (skinny).
+        block_m: rows of x that a program takes (skinny); 0 for all.
     """
 
     kernel: Literal["gemv", "keep", "skinny", "torch"]
@@ -93,6 +98,8 @@ class Tiles:
     splits: int = 1
     programs: int = 0
     early: bool = False
+    ahead: bool = False
+    block_m: int = 0
 
 
 def row_bucket(rows: int) -> int:
@@ -117,7 +124,7 @@ def guess(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
         return _guess_keep(shape, processors)
     if shape.rows <= 2 or (shape.rows <= GEMV_ROWS and (shape.itemsize == 4 or not shape.gated)):
         return _guess_gemv(shape)
-    if shape.itemsize != 2 or (shape.rows > 64 and shape.n * shape.k > _SMALL):
+    if shape.itemsize != 2 or shape.rows > _GUESSED_ROWS or (shape.rows > _TILE_ROWS and shape.n * shape.k > _SMALL):
         return Tiles("torch")  # exact products of float32 are not for tensor cores
     return _guess_skinny(shape, processors, shared_memory)
 
@@ -148,10 +155,13 @@ def _guess_gemv(shape: LinearShape) -> Tiles:
 
 def _guess_skinny(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
     block_n, block_k = 64, 64 if shape.gated else 128
-    stage = (block_n * (2 if shape.gated else 1) + max(16, shape.rows)) * block_k * shape.itemsize
-    stages = max(2, min(6 if shape.rows <= 16 else 4, shared_memory // stage))
-    splits = max(1, min(8, processors * block_n // shape.n))
-    return Tiles("skinny", block_n, block_k, 4, stages, whole_splits(shape.k, block_k, splits))
+    block_m = _TILE_ROWS if shape.rows > _TILE_ROWS else 0
+    stage = (block_n * (2 if shape.gated else 1) + max(16, block_m or shape.rows)) * block_k * shape.itemsize
+    most = 6 if shape.rows <= 16 else 3 if block_m else 4  # of short kernels, the next one's programs shall find room
+    stages = max(2, min(most, shared_memory // stage))
+    tiles = -(-shape.n // block_n) * -(-shape.rows // (block_m or shape.rows))
+    splits = whole_splits(shape.k, block_k, max(1, min(8, processors // tiles)))
+    return Tiles("skinny", block_n, block_k, 4, stages, splits, block_m=block_m)
 
 
 def whole_splits(k: int, block_k: int, splits: int) -> int:

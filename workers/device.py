@@ -15,7 +15,7 @@ from torch import Tensor
 from headrace.errors import ConfigError
 from headrace.workers.memory import GpuMemory
 
-__all__ = ["Download", "captured", "gpu_memory", "pick_device", "upload"]
+__all__ = ["Download", "Upload", "captured", "gpu_memory", "pick_device", "upload"]
 
 R = TypeVar("R")
 
@@ -57,6 +57,33 @@ def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     if device.type != "cuda" or not tensor.numel():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # whose memory is kept until it was copied
+
+
+class Upload:
+    """Numbers on their way from the host to one place on a device, again and again, without waiting for the device.
+
+    Args:
+        target: one-dimensional, where they go; what was given to the device before sees what was there before.
+    """
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+        self._host = torch.zeros(target.shape, dtype=target.dtype, pin_memory=target.is_cuda)
+        self._values: np.ndarray[Any, Any] = self._host.numpy()
+        self._sent: torch.cuda.Event | None = None
+
+    def room(self, count: int) -> np.ndarray[Any, Any]:
+        """Where the first `count` numbers are to be written, once what was sent from there before is gone."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._values[:count]
+
+    def send(self, count: int) -> None:
+        """Copy them to the device."""
+        self._target[:count].copy_(self._host[:count], non_blocking=True)
+        if self._target.is_cuda:
+            self._sent = self._sent or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._sent.record()
 
 
 def captured(

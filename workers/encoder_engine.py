@@ -161,6 +161,8 @@ class EncoderEngine:
         for length in lengths_up_to(longest) if self._runner.on_gpu else (longest,):
             self._runner.run([Text(tokens=tokens[:length], pooling=PoolingParams())])
         if self._runner.on_gpu:
+            many = min(self.max_num_seqs, self._step_tokens // longest)  # more tokens than one text can have
+            self._runner.run([Text(tokens=tokens, pooling=PoolingParams())] * many)
             for pooling in ("cls", "mean"):
                 text = Text(tokens=tokens[:7], pooling=PoolingParams(pooling=pooling, dimensions=1, normalize=True))
                 self._runner.run([text] * min(3, self.max_num_seqs))

@@ -1,9 +1,9 @@
 """Reading whole texts as CUDA graphs: one launch instead of hundreds, for every size of batch that is worth a graph.
 
 The texts are those of an encoder, or the sources of an encoder-decoder, of which keys and values go to a cache. A graph
-computes at fixed addresses and for a fixed number of tokens and texts. The tokens of a batch, their positions, their
-slots and where the texts begin are copied there in one piece. What is left up to the graph's size is one more text,
-which belongs to nobody.
+computes at fixed addresses and for a fixed number of tokens and texts. All that it reads of a batch is copied there in
+one piece: where the texts begin and how long they are, the tokens, their positions and their slots. What is left up to
+the graph's size is one more text, which belongs to nobody.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.batch import Batch
-from headrace.workers.device import captured, upload
+from headrace.workers.device import Upload, captured
 
 __all__ = ["RehearsedTexts", "StaticTexts", "TextGraphs", "sizes_of_batches"]
 
@@ -41,7 +41,7 @@ class StaticTexts:
     """Texts at fixed addresses, and what is computed of them.
 
     Args:
-        states: what is computed of a batch of whole texts, mostly their hidden states [T, hidden].
+        results: what is computed of a batch of whole texts.
         max_tokens: most tokens of a batch.
         max_texts: most texts of a batch.
         max_model_len: most tokens of one text.
@@ -51,7 +51,7 @@ class StaticTexts:
 
     def __init__(
         self,
-        states: Callable[[Batch], Tensor],
+        results: Callable[[Batch], tuple[Tensor, ...]],
         *,
         max_tokens: int,
         max_texts: int,
@@ -59,19 +59,21 @@ class StaticTexts:
         device: torch.device,
         spare_slot: int = 0,
     ) -> None:
-        self._states = states
+        self._results = results
         self._max_model_len = max_model_len
         self._spare_slot = spare_slot
-        # Tokens, positions, slots, and where each text begins, one more than there may be, and where the last one ends.
-        self._inputs = torch.zeros(3 * max_tokens + max_texts + 2, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(_num_values((max_tokens, max_texts)), dtype=torch.int64, device=device)
+        self._upload = Upload(self._inputs)
+        self._block_tables = torch.zeros(max_texts + 1, 1, dtype=torch.int32, device=device)
 
     def fill(
         self, texts: Sequence[array[int]], size: tuple[int, int], slots: np.ndarray[Any, Any] | None = None
     ) -> None:
         """Write texts, filled up to a size of tokens and texts, and the slots of their tokens, if they have some."""
-        num_tokens, num_texts = size
-        values = np.zeros(3 * num_tokens + num_texts + 2, dtype=np.int64)
-        tokens, positions, places, starts = self._parts(values, size)
+        count = _num_values(size)
+        values = self._upload.room(count)
+        values[:] = 0
+        starts, lens, tokens, positions, places = _parts(values, size, np.int32)
         ends = list(accumulate(len(text) for text in texts))
         for text, end in zip(texts, ends, strict=True):
             tokens[end - len(text) : end] = np.frombuffer(text, np.uint32)
@@ -82,37 +84,54 @@ class StaticTexts:
         places[used:] = self._spare_slot
         starts[1 : len(ends) + 1] = ends
         starts[len(ends) + 1 : -1] = used
-        starts[-1] = num_tokens
-        self._inputs[: len(values)].copy_(upload(values, self._inputs.device), non_blocking=True)
+        starts[-1] = size[0]
+        lens[:] = np.diff(starts)
+        self._upload.send(count)
 
-    def compute(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What comes of what was written, and where the texts begin; nothing depends on the values."""
-        tokens, positions, slots, starts = self._parts(self._inputs, size)
-        query_starts = starts.int()
+    def compute(self, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """What comes of what was written, and of what fills it up; nothing depends on the values."""
+        starts, lens, tokens, positions, slots = _parts(self._inputs, size, torch.int32)
         num_tokens, num_texts = size
         nothing = tokens[:0]
         batch = Batch(
             token_ids=tokens,
             positions=positions,
             slots=slots,
-            query_starts=query_starts,
-            context_lens=query_starts.diff(),
-            block_tables=torch.zeros(num_texts + 1, 1, dtype=torch.int32, device=tokens.device),
+            query_starts=starts,
+            context_lens=lens,
+            block_tables=self._block_tables[: num_texts + 1],
             num_decodes=0,
             query_lens=(num_tokens,) + (0,) * num_texts,  # of the present ones only the sum is known
             context_lens_host=(self._max_model_len,) * (num_texts + 1),
             logits_rows=nothing,
             block_size=1,
         )
-        return self._states(batch), query_starts
+        return self._results(batch)
 
-    @staticmethod
-    def _parts(values: Any, size: tuple[int, int]) -> Iterator[Any]:
-        num_tokens, num_texts = size
-        yield values[:num_tokens]
-        yield values[num_tokens : 2 * num_tokens]
-        yield values[2 * num_tokens : 3 * num_tokens]
-        yield values[3 * num_tokens : 3 * num_tokens + num_texts + 2]
+
+def _num_values(size: tuple[int, int]) -> int:
+    """Values of 64 bits that describe a batch."""
+    num_tokens, num_texts = size
+    return 3 * num_tokens + _wide(num_texts + 2) + _wide(num_texts + 1)
+
+
+def _parts(values: Any, size: tuple[int, int], narrow: Any) -> Iterator[Any]:
+    """Of an array or a tensor of such values: where each text begins, and where the last one ends; their lengths, both
+    of 32 bits and one more than there may be; tokens, positions and slots."""
+    num_tokens, num_texts = size
+    begin = 0
+    for count in (num_texts + 2, num_texts + 1):
+        yield values[begin : begin + _wide(count)].view(narrow)[:count]
+        begin += _wide(count)
+    for _ in range(3):
+        yield values[begin : begin + num_tokens]
+        begin += num_tokens
+
+
+def _wide(count: int) -> int:
+    """Values of 64 bits that hold so many of 32, up to a multiple of 16 bytes: kernels are compiled for what begins
+    there."""
+    return -(-count // 4) * 2
 
 
 class TextGraphs:
@@ -127,7 +146,7 @@ class TextGraphs:
         self.sizes = sizes
         self.replays = 0
         self._step = step
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -151,8 +170,8 @@ class TextGraphs:
 
     def run(
         self, texts: Sequence[array[int]], size: tuple[int, int], slots: np.ndarray[Any, Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """States [T, hidden] of texts and where they begin [S + 1]; the next batch overwrites them.
+    ) -> tuple[Tensor, ...]:
+        """What is computed of texts, and of what fills them up; the next batch overwrites it.
 
         Args:
             texts: of at most the size.
@@ -161,10 +180,9 @@ class TextGraphs:
         """
         self._step.fill(texts, size, slots)
         self.replays += 1
-        states, starts = self._computed(size)
-        return states[: sum(map(len, texts))], starts[: len(texts) + 1]
+        return self._computed(size)
 
-    def _computed(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _computed(self, size: tuple[int, int]) -> tuple[Tensor, ...]:
         graph, computed = self._graphs[size]
         graph.replay()
         return computed
@@ -180,5 +198,5 @@ class RehearsedTexts(TextGraphs):
             self._step.fill((), size)
             self._step.compute(size)
 
-    def _computed(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _computed(self, size: tuple[int, int]) -> tuple[Tensor, ...]:
         return self._step.compute(size)

@@ -1,6 +1,7 @@
 """Computes whole texts on an encoder: vectors for those that want one, likely tokens for the masks of the others.
 
-It owns what has a device and decides nothing about who runs. T tokens in all, S texts, N masks.
+It owns what has a device and decides nothing about who runs. T tokens in all, S texts, N masks. Of each text the device
+makes both vectors that may be asked for; what is left to do to the few that are, the host does.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.kernels.batch import Batch
+from headrace.kernels.ops.pooling import pool
 from headrace.messages import pack_tokens
 from headrace.tasks import PoolingParams
 from headrace.workers.batch import whole_texts
-from headrace.workers.device import upload
+from headrace.workers.device import Download, upload
 from headrace.workers.encoder_graphs import RehearsedTexts, StaticTexts, TextGraphs, sizes_of_batches
 from headrace.workers.parallel_compile import compile_ahead
 from headrace.workers.rehearsal import rehearsing
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["EncoderRunner", "Items", "Text"]
 
 logger = logging.getLogger(__name__)
+
+_POOLED = ("mean", "cls")  # in the order in which `pool` makes them
+_SHORTEST = 1e-12  # by which a vector is divided: PyTorch's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +113,7 @@ class EncoderRunner:
     def _new_graphs(self, kind: type[TextGraphs]) -> TextGraphs:
         self._model.reserve_positions(self._max_model_len)
         step = StaticTexts(
-            lambda batch: self._model.hidden(batch, None),
+            self._computed,
             max_tokens=self._max_tokens,
             max_texts=self._max_texts,
             max_model_len=self._max_model_len,
@@ -118,31 +124,40 @@ class EncoderRunner:
     @torch.inference_mode()
     def run(self, texts: Sequence[Text]) -> list[Items | None]:
         """Compute texts together; None for one whose results are not numbers."""
-        hidden, starts = self._hidden(texts)
+        hidden, pooled = self._states(texts)
         results: list[Items | None] = [None] * len(texts)
-        self._embed(texts, hidden, starts, results)
+        self._embed(texts, pooled, results)
         self._fill(texts, hidden, results)
         return results
 
-    def _hidden(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
-        """Hidden states [T, hidden] of texts, and where they begin [S + 1]."""
+    def _states(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+        """Hidden states of texts, [T, hidden] or more, and what `pool` made of them, [2, S, hidden] or more."""
         tokens = [text.tokens for text in texts]
         if self._graphs is not None and (size := self._graphs.size_for(tokens)) is not None:
-            return self._graphs.run(tokens, size)
+            hidden, pooled = self._graphs.run(tokens, size)
+            return hidden, pooled
         token_ids = np.concatenate([np.frombuffer(text, np.uint32) for text in tokens])
-        batch = whole_texts(self._tensor(token_ids.astype(np.int64)), [len(text) for text in tokens])
-        return self._model.hidden(batch, None), batch.query_starts
+        return self._computed(whole_texts(self._tensor(token_ids.astype(np.int64)), [len(text) for text in tokens]))
 
-    def _embed(self, texts: Sequence[Text], hidden: Tensor, starts: Tensor, results: list[Items | None]) -> None:
+    def _computed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        hidden = self._model.hidden(batch, None)
+        return hidden, pool(hidden, batch.query_starts)
+
+    def _embed(self, texts: Sequence[Text], pooled: Tensor, results: list[Items | None]) -> None:
         by_params: dict[PoolingParams, list[int]] = {}
         for index, text in enumerate(texts):
             if text.pooling is not None:
                 by_params.setdefault(text.pooling, []).append(index)
+        kinds = sorted({_POOLED.index(params.pooling) for params in by_params})
+        if not kinds:
+            return
+        coming = Download(*(pooled[kind, : len(texts)] for kind in kinds))
+        vectors = dict(zip(kinds, (part.numpy() for part in coming.wait()), strict=True))
         for params, indexes in by_params.items():
-            vectors = _pool(hidden, starts, params)[self._tensor(np.array(indexes))].cpu()
-            for index, vector in zip(indexes, vectors, strict=True):
-                if bool(vector.isfinite().all()):
-                    results[index] = Items(vector.numpy().astype("<f4").tobytes())
+            made = _vectors(vectors[_POOLED.index(params.pooling)][indexes], params)
+            for index, vector in zip(indexes, made, strict=True):
+                if bool(np.isfinite(vector).all()):
+                    results[index] = Items(vector.astype("<f4").tobytes())
 
     def _fill(self, texts: Sequence[Text], hidden: Tensor, results: list[Items | None]) -> None:
         wanted = [index for index, text in enumerate(texts) if text.pooling is None]
@@ -163,18 +178,14 @@ class EncoderRunner:
         return upload(values, self._device)
 
 
-def _pool(hidden: Tensor, starts: Tensor, params: PoolingParams) -> Tensor:
-    """Vectors [S, D] of all texts in float32, from states [T, hidden] and where the texts begin [S + 1]."""
-    starts = starts.long()
-    if params.pooling == "cls":
-        vectors = hidden[starts[:-1]].float()
-    else:
-        lens = starts.diff()
-        text_of = torch.repeat_interleave(torch.arange(len(lens), device=hidden.device), lens, output_size=len(hidden))
-        sums = torch.zeros(len(lens), hidden.shape[1], device=hidden.device).index_add_(0, text_of, hidden.float())
-        vectors = sums / lens[:, None]
-    vectors = vectors[:, : params.dimensions]
-    return torch.nn.functional.normalize(vectors, dim=1) if params.normalize else vectors
+def _vectors(pooled: np.ndarray[Any, Any], params: PoolingParams) -> np.ndarray[Any, Any]:
+    """Vectors [S, D] as they are asked for, of pooled states [S, hidden]."""
+    vectors: np.ndarray[Any, Any] = pooled[:, : params.dimensions]
+    if params.normalize:
+        with np.errstate(all="ignore"):  # what is not a number stays none, and is found out
+            lengths = np.sqrt(np.square(vectors).sum(axis=1, keepdims=True))
+            vectors = vectors / np.maximum(lengths, np.float32(_SHORTEST))
+    return vectors
 
 
 def _filled(values: Tensor, tokens: Tensor, top: int | None) -> Items | None:

@@ -197,10 +197,10 @@ class Runner:
             spare_slot=self.kv.scratch_block * self.kv.block_size,
         )
 
-    def _remembered(self, batch: Batch) -> Tensor:
+    def _remembered(self, batch: Batch) -> tuple[()]:
         """Put what the decoder sees of sources into the cache; that is all, so a graph has nothing to keep."""
         self.model.encode(batch, self.kv)
-        return batch.token_ids[:0]
+        return ()
 
     def _device_tables(self) -> DeviceTables:
         max_blocks = -(-self._max_model_len // self.kv.block_size)

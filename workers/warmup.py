@@ -79,6 +79,8 @@ def examples(card: ModelCard, config: EngineConfig, *, sources: bool, everything
     budget = max(1, min(config.max_batch_tokens, longest))
     for length in lengths_up_to(budget):
         yield [make(length, max_tokens=1)]
+    if (many := min(config.max_num_seqs, config.max_batch_tokens // budget)) > 1:
+        yield [make(budget, max_tokens=1) for _ in range(many)]  # more tokens than one text can have
     if sources:
         # A source is read in one piece, also if it exceeds the budget, which no graph does.
         for length in lengths_up_to(min(max(budget, MOST_ROWS) + 1, longest)):

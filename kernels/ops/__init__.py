@@ -14,6 +14,7 @@ A kernel computes in float32 and rounds at the edge, takes any shape, and reads 
 number stays where it is. Tile sizes are fixed in a table at the top of each file, with the reason, those of `linear`
 stored for each GPU (`headrace.kernels.tuning`); nothing is tuned at start. What changes from step to step (lengths,
 splits, strides of tables) is no reason to compile again: a kernel is compiled once for each kind of layer, products for
-each bucket of rows, experts for few tokens and for many, and attention for prompts, for few decodes, for many, and for
-as many that contexts need not be split. Nothing waits for the device, and launches go to the current one.
+each bucket of rows, experts for few tokens and for many, and attention for few queries of prompts and for many, for few
+decodes, for many, and for as many that contexts need not be split. Nothing waits for the device, and launches go to the
+current one.
 """

@@ -12,6 +12,7 @@ rounded to the type of the values, as tensor cores want it. Products of float32 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -29,8 +30,9 @@ __all__ = ["attend"]
 
 # Rows, columns, warps and stages of a tile by bytes of a value and padded head size. 16-bit types: of the larger tiles
 # one fills a processor of today's large GPUs, whose two groups of warps share each key; of the others queries and two
-# stages of keys and values stay under 100 KB, which is what the smallest GPUs have. Exact products of float32 are not
-# for tensor cores; their operands stand in registers, which more rows or fewer warps would overflow.
+# stages of keys and values stay under 100 KB, which is what the smallest GPUs have. They are also for queries that in
+# larger ones would leave half of the processors without any. Exact products of float32 are not for tensor cores; their
+# operands stand in registers, which more rows or fewer warps would overflow.
 _LARGE_TILES = {
     (2, 64): (128, 64, 8, 3),
     (2, 128): (128, 64, 8, 3),
@@ -45,6 +47,8 @@ _TILES = {
     (4, 128): (16, 32, 8, 2),
     (4, 256): (16, 32, 8, 1),
 }
+# Of whole texts that are together no longer than a tile has columns: all that a program reads is on its way at once.
+_SHORT_TILES = {(2, 64): (64, 128, 4, 1)}
 _FEWEST_DIMS = 16  # of a product on tensor cores
 _MOST_PACKED_HEADS = 8  # in a tile; one that held all 71 of Falcon's would see one token only
 
@@ -80,9 +84,14 @@ def attend(
     assert q_thd.stride(1) == keys.stride(1) == values.stride(1) == spec.head_dim
     assert keys.stride(0) == values.stride(0)
     assert spec.scale > 0
-    rows, columns, warps, stages = _tile(q_thd.element_size(), max(dims, 64), q_thd.device)
     heads = min(group, _MOST_PACKED_HEADS)
     head_tiles = triton.cdiv(group, heads)
+    all_rows = spec.num_kv_heads * head_tiles * heads * (len(q_thd) - first_sequence)
+    size = q_thd.element_size(), max(dims, 64)
+    tile, at_once = _tile(*size, all_rows, q_thd.device), False
+    if not paged and size in _SHORT_TILES and len(q_thd) <= _SHORT_TILES[size][1]:
+        tile, at_once = _SHORT_TILES[size], True
+    rows, columns, warps, stages = tile
     num_sequences = len(batch.query_lens) - first_sequence
     # Each sequence may end with a tile that is not full.
     tiles = (len(q_thd) - first_sequence) // (rows // heads) + num_sequences
@@ -117,6 +126,7 @@ def attend(
         WINDOWED=spec.window is not None,
         CAPPED=spec.soft_cap is not None,
         ROUNDED=spec.alibi is not None and spec.alibi.rounded,
+        AT_ONCE=at_once,
         WIDE=WIDE_DOTS,
         HEADS=heads,
         HEAD_TILES=head_tiles,
@@ -130,16 +140,23 @@ def attend(
     )
 
 
+def _tile(size: int, dims: int, all_rows: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Rows, columns, warps and stages for so many rows on a device."""
+    large = _LARGE_TILES.get((size, dims))
+    if large is not None and 2 * all_rows >= large[0] * _large_processors(device):
+        return large
+    return _TILES[size, dims]
+
+
 @cache
-def _tile(size: int, dims: int, device: torch.device) -> tuple[int, int, int, int]:
-    """Rows, columns, warps and stages on a device."""
-    is_large = device.type == "cuda" and _shared_bytes(device) >= _LARGE_BYTES
-    return (_TILES | (_LARGE_TILES if is_large else {}))[size, dims]
-
-
-def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program can have."""
-    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
+def _large_processors(device: torch.device) -> float:
+    """How many processors of a device can hold a large tile; infinite if none can, for then there are never enough."""
+    if device.type != "cuda":
+        return math.inf
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    if properties["max_shared_mem"] < _LARGE_BYTES:
+        return math.inf
+    return float(properties["multiprocessor_count"])
 
 
 @triton.jit(do_not_specialize=["first_sequence", "num_sequences", "table_stride", "window"])
@@ -173,6 +190,7 @@ def _attend(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     ROUNDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     WIDE: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_TILES: tl.constexpr,
@@ -202,9 +220,8 @@ def _attend(
     held_rows = (rows < QUERIES * HEADS) & (query < num_queries) & (of_group < GROUP)
     held_q = held_rows[:, None] & (dims < HEAD_DIM)[None, :]
     q_place = (start + query)[:, None] * q_stride + head[:, None] * HEAD_DIM + dims[None, :]
-    q_tile = tl.load(q + q_place, mask=held_q, other=0.0)
-    if WIDE:
-        q_tile = q_tile.to(tl.float32)
+    if not AT_ONCE:
+        q_tile = _queries(q + q_place, held_q, WIDE)
     position = context - num_queries + query
     slope = slopes_of(slopes, head, held_rows)
 
@@ -226,8 +243,11 @@ def _attend(
         block_row = block_tables + sequence * table_stride
         key = first + tl.arange(0, COLUMNS)
         block = tl.load(block_row + key // BLOCK_SIZE, mask=key < stop, other=0)
-    for AT_EDGE in tl.static_range(2):
-        for begin in range(edge if AT_EDGE else first, stop if AT_EDGE else edge, COLUMNS):
+    end = stop
+    if AT_ONCE:  # one tile: with bounds that the compiler knows, it makes no loop
+        edge, end = 0, COLUMNS
+    for AT_EDGE in tl.static_range(1 if AT_ONCE else 0, 2):
+        for begin in range(edge if AT_EDGE else first, end if AT_EDGE else edge, COLUMNS):
             key = begin + tl.arange(0, COLUMNS)
             held = key < stop
             if PAGED:
@@ -240,6 +260,8 @@ def _attend(
             held_values = held[:, None] & (dims < HEAD_DIM)[None, :]
             k_tile = tl.load(keys + place, mask=held_values, other=0.0)
             v_tile = tl.load(values + place, mask=held_values, other=0.0)
+            if AT_ONCE:  # here, since nothing is asked for behind a tile that is waited for
+                q_tile = _queries(q + q_place, held_q, WIDE)
             if WIDE:
                 k_tile = k_tile.to(tl.float32)
                 v_tile = v_tile.to(tl.float32)
@@ -274,6 +296,13 @@ def _attend(
     found = found / tl.where(total == 0.0, 1.0, total)[:, None]
     out_place = (start + query)[:, None] * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dims[None, :]
     tl.store(out + out_place, found.to(out.dtype.element_ty), mask=held_q)
+
+
+@triton.jit
+def _queries(places, held, WIDE: tl.constexpr):
+    """A tile of queries, as tensor cores take them."""
+    tile = tl.load(places, mask=held, other=0.0)
+    return tile.to(tl.float32) if WIDE else tile
 
 
 @triton.jit

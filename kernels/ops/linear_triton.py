@@ -183,15 +183,15 @@ def _skinny(
     out: Tensor,
 ) -> None:
     n = out.shape[1]
-    rows = max(_FEWEST_ROWS, row_bucket(len(x)))
-    columns = triton.cdiv(n, tiles.block_n)
+    rows = max(_FEWEST_ROWS, tiles.block_m or row_bucket(len(x)))
+    columns, row_tiles = triton.cdiv(n, tiles.block_n), triton.cdiv(len(x), rows)
     parts = counters = None
     if tiles.splits > 1:
-        assert columns <= _MOST_TILES, "so many tiles need not be cut"
-        size = columns * tiles.splits * tiles.block_n * rows * (2 if gated else 1)
+        assert columns * row_tiles <= _MOST_TILES, "so many tiles need not be cut"
+        size = columns * row_tiles * tiles.splits * tiles.block_n * rows * (2 if gated else 1)
         parts = torch.empty(size, dtype=torch.float32, device=x.device)
         counters = _counters(x.device)
-    skinny[(columns, tiles.splits)](
+    skinny[(columns, tiles.splits, row_tiles)](
         x,
         weight,
         bias,
@@ -212,6 +212,7 @@ def _skinny(
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
         EARLY=tiles.early,
+        AHEAD=tiles.ahead,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **chained(x.device),

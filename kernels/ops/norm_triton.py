@@ -79,8 +79,12 @@ def _norm(
         scale = tl.load(weight + columns, mask=held, other=0.0).to(tl.float32)
         if UNIT_OFFSET:
             scale += 1.0
+    if bias is not None:
+        shift = tl.load(bias + columns, mask=held, other=0.0).to(tl.float32)
     wait_for_earlier(CHAINED)
     values = tl.load(x + row * x_stride + columns, mask=held, other=0.0).to(tl.float32)
+    if residual is not None:
+        addend = tl.load(residual + row * residual_stride + columns, mask=held, other=0.0).to(tl.float32)
     if CENTERED:
         mean = tl.sum(values, axis=0) / WIDTH
         values = tl.where(held, values - mean, 0.0)
@@ -89,7 +93,7 @@ def _norm(
     if weight is not None:
         values *= scale
     if bias is not None:
-        values += tl.load(bias + columns, mask=held, other=0.0).to(tl.float32)
+        values += shift
     if residual is not None:
-        values += tl.load(residual + row * residual_stride + columns, mask=held, other=0.0).to(tl.float32)
+        values += addend
     tl.store(out + row * WIDTH + columns, values.to(out.dtype.element_ty), mask=held)

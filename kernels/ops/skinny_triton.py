@@ -1,10 +1,12 @@
-"""The kernel of products of up to 128 rows with a 16-bit weight, on tensor cores.
+"""The kernel of products of up to 256 rows with a 16-bit weight, on tensor cores.
 
 A tensor core takes 64 rows of what stands on its left, so that is the weight: few rows of x fill its right side. Tiles
-of fewer than 64 columns, for many rows of x, have the weight on the right. A program's first tile of the weight may be
-fetched while the kernel before is still running, to be multiplied last; whether that pays is measured by shape.
-Where tiles of columns are too few for a GPU, the depth is cut into parts; the last program of a tile to be done adds
-them up, in their order, so that the result does not depend on who that is.
+of fewer than 64 columns, for many rows of x, have the weight on the right. While the kernel before is still running, a
+program's first tile of the weight may be fetched, to be multiplied last, or all of its tiles may be brought as near as
+the L2 cache; whether that pays is measured by shape.
+Where tiles of columns are too few for a GPU, many rows are cut into tiles too, whose programs share the weight in the
+L2 cache, and the depth into parts; the last program of a tile to be done adds them up, in their order, so that the
+result does not depend on who that is.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -42,12 +44,13 @@ def skinny(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Columns BLOCK_N of the product of up to ROWS rows, or a part of their depth."""
+    """Columns BLOCK_N of the product of ROWS rows, or a part of their depth."""
     let_next_begin(CHAINED)
     SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, ROWS)
+    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     gate = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # past the end, the last one again
     rows = x + m.to(tl.int64)[:, None] * x_stride
@@ -60,10 +63,19 @@ def skinny(
     of_up = _column(bias, N + n, held) if GATED else of_gate
     begin = tl.program_id(1) * SHARE
     PARTIAL: tl.constexpr = K % BLOCK_K != 0 or SHARE * (SPLITS - 1) >= K  # tiles, or whole parts, past the end
+    if AHEAD and CHAINED:
+        _bring_near(gate, begin, K, SHARE, BLOCK_N)
+        if GATED:
+            _bring_near(gate + N * K, begin, K, SHARE, BLOCK_N)
     if EARLY:
         first = _tile(gate, begin + k, K, PARTIAL, WIDE)
         first_up = _tile(gate + N * K, begin + k, K, PARTIAL, WIDE) if GATED else first
     wait_for_earlier(CHAINED)
+    held = held[:, None] & (m < num_rows)[None, :]
+    if residual is not None:
+        addends = residual + m[None, :].to(tl.int64) * residual_stride + n[:, None]
+        if SPLITS == 1:  # on its way while products are added up
+            addend = tl.load(addends, mask=held, other=0.0)
     for at in range(begin + (BLOCK_K if EARLY else 0), tl.minimum(begin + SHARE, K), BLOCK_K):
         some = _some(rows, at + k, inside, K, WIDE)
         value = _added(value, _tile(gate, at + k, K, PARTIAL, WIDE), some, ON_THE_RIGHT)
@@ -79,16 +91,17 @@ def skinny(
         other = tl.trans(other)
 
     if SPLITS > 1:
-        place = tl.arange(0, BLOCK_N)[:, None] * ROWS + m[None, :]
+        place = tl.arange(0, BLOCK_N)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
         SIZE: tl.constexpr = BLOCK_N * ROWS
-        parts += tl.program_id(0).to(tl.int64) * (SPLITS * SIZE * (2 if GATED else 1))
+        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        parts += tile.to(tl.int64) * (SPLITS * SIZE * (2 if GATED else 1))
         tl.store(parts + tl.program_id(1) * SIZE + place, value)
         if GATED:
             tl.store(parts + (SPLITS + tl.program_id(1)) * SIZE + place, other)
         tl.debug_barrier()  # all threads have written before one of them says so
-        if tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel") < SPLITS - 1:
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") < SPLITS - 1:
             return
-        tl.store(counters + tl.program_id(0), 0)
+        tl.store(counters + tile, 0)
         value = _sum(parts, place, SPLITS, SIZE)
         if GATED:
             other = _sum(parts + SPLITS * SIZE, place, SPLITS, SIZE)
@@ -99,11 +112,30 @@ def skinny(
         value = activated(value, ACTIVATION)
     if GATED:
         value *= other
-    held = held[:, None] & (m < num_rows)[None, :]
     if residual is not None:
-        places = residual + m[None, :].to(tl.int64) * residual_stride + n[:, None]
-        value += tl.load(places, mask=held, other=0.0).to(tl.float32)
+        if SPLITS > 1:
+            addend = tl.load(addends, mask=held, other=0.0)
+        value += addend.to(tl.float32)
     tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], value.to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _bring_near(rows, begin, K: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask for a part of rows of the weight, [BLOCK_N, 1], to be brought into the L2 cache, which nobody waits for."""
+    SPLIT: tl.constexpr = 1 if BLOCK_N >= 128 else 128 // BLOCK_N  # of a row, so that each thread asks about once
+    PIECE: tl.constexpr = (SHARE + SPLIT * 8 - 1) // (SPLIT * 8) * 8  # values; addresses and sizes are in 16 bytes
+    at = begin + tl.arange(0, SPLIT)[None, :] * PIECE
+    size = tl.maximum(tl.minimum(K - at, PIECE), 0) * 2 // 16 * 16
+    places = (rows + tl.minimum(at, K - 1)).to(tl.int64) // 16 * 16
+    size = tl.broadcast_to(size, (BLOCK_N, SPLIT))
+    tl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.gt.s32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [places, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -1,16 +1,63 @@
-"""Tuning: which products layers ask for, and that what is tried is forgotten afterwards."""
+"""Tuning: what is tried can be launched and is forgotten afterwards, and which products layers ask for."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from headrace.benchmarks.tune import candidates_of, products_of
+from headrace.benchmarks.tune import MODELS, Product, _line, candidates_of, products_of
 from headrace.benchmarks.tune_layers import _table, has_layers, settled
 from headrace.kernels import tuning
-from headrace.kernels.tuning import LinearShape, Tiles
+from headrace.kernels.tuning import GEMV_ROWS, MOST_ROWS, LinearShape, Tiles, row_bucket
+
+ROWS = [1, 2, 4, 16, 32, 64, 128, 256]
+BERT = [Product(n, k, False) for n, k in ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))]
+LLAMA = [Product(6144, 4096, False), Product(14336, 4096, True)]
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(multi_processor_count=132))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("found", [*BERT, *LLAMA], ids=str)
+@pytest.mark.usefixtures("h200")
+def test_every_candidate_can_be_launched(found, rows):
+    tried = [way.tiles for way in candidates_of(found, rows)]
+    assert len(set(tried)) == len(tried) > 1
+    for tiles in tried:
+        assert row_bucket(rows) == rows <= MOST_ROWS
+        assert tiles.kernel != "gemv" or rows <= GEMV_ROWS
+        if tiles.kernel == "skinny":
+            assert max(16, tiles.block_m or rows) <= max(16, rows)
+            assert (tiles.splits - 1) * -(-found.k // tiles.block_k // tiles.splits) * tiles.block_k < found.k
+            height = tiles.block_n * (2 if found.gated else 1) + max(16, tiles.block_m or rows)
+            assert (tiles.stages - 1) * height * tiles.block_k * 2 <= 227 * 1024
+
+
+@pytest.mark.parametrize("found", BERT, ids=str)
+@pytest.mark.usefixtures("h200")
+def test_many_rows_of_a_small_weight_are_cut_until_a_gpu_is_full(found):
+    tried = [way.tiles for way in candidates_of(found, 128) if way.tiles.kernel == "skinny"]
+    programs = [-(-found.n // t.block_n) * -(-128 // (t.block_m or 128)) * t.splits for t in tried]
+    assert sum(90 <= count <= 132 for count in programs) >= 6
+    assert {tiles.early for tiles in tried} == {tiles.ahead for tiles in tried} == {False, True}
+
+
+def test_products_of_a_model_are_known():
+    assert "bert-large" in MODELS
+    assert {(found.n, found.k) for found in BERT} <= {(found.n, found.k) for found in products_of("bert-large")}
+
+
+def test_a_line_tells_the_tiles():
+    row = {"rows": 128, "n": 1024, "k": 1024, "gated": False, "us": 3.0, "gb_s": 700, "kernel": "skinny"}
+    row |= {"block_n": 64, "block_k": 128, "warps": 4, "stages": 3, "splits": 4}
+    assert _line(row | {"block_m": 64, "early": False, "ahead": True}).endswith("4 parts, 64 rows, ahead")
+    assert _line(row | {"block_m": 0, "early": True, "ahead": False}).endswith("4 parts, early")
 
 
 def row_of(shape, tiles):
@@ -32,10 +79,24 @@ def test_tiles_that_are_tried_take_the_place_of_stored_ones():
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"), [("llama-8b", True), ("falcon-7b", True), ("t5-3b", False), ("bert-large", False)]
+    ("name", "layers"), [("llama-8b", True), ("falcon-7b", True), ("t5-3b", False), ("bert-large", True)]
 )
-def test_layers_of_decoders_alone_are_asked(name, layers):
+def test_layers_of_one_model_alone_are_asked(name, layers):
     assert has_layers(name) is layers
+
+
+@pytest.mark.gpu
+def test_layers_of_an_encoder_choose_for_the_tokens_of_a_text():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    finalists = {}
+    for found in products_of("bert-large"):
+        ways = [way for way in candidates_of(found, 128) if way.tiles.block_m][:2]
+        if ways:
+            finalists[ways[0].shape] = [row_of(way.shape, way.tiles) for way in ways]
+    chosen = list(settled("bert-large", 128, finalists))
+    assert {(shape.n, shape.k) for shape, _, _ in chosen} == {(found.n, found.k) for found in BERT}
+    assert all(row in finalists[shape] and saved < 1 for shape, row, saved in chosen)
 
 
 @pytest.mark.gpu

@@ -35,6 +35,7 @@ from headrace.kernels.ops.linear import linear, share_norm
 from headrace.kernels.ops.linears import linear_both, linear_sum
 from headrace.kernels.ops.norm import norm
 from headrace.kernels.ops.placement import EXPECTED, place
+from headrace.kernels.ops.pooling import pool
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
 from headrace.kernels.ops.sampling import choose
 from headrace.kernels.ops.self_attention import rotate_and_attend
@@ -319,6 +320,13 @@ def _full(run: Kernels, dtype: torch.dtype, heads: tuple[int, int, int], extra: 
         run(full_attention, torch.randn(sum(lens), spec.qkv_size).to(dtype), batch, spec, table)
 
 
+def pool_cases() -> Iterator[Case]:
+    """Texts of one state, of several tiles, of none in between and at the end; columns of a part of a tile."""
+    for dtype, size in product(DTYPES, (1, 37, 64)):
+        states, starts = torch.randn(141, size).to(dtype), torch.tensor([0, 1, 1, 70, 141, 141], dtype=torch.int32)
+        yield f"{dtype} {size}", lambda run, arguments=(states, starts): run(pool, *arguments)
+
+
 def overrun_cases() -> Iterator[Case]:
     """What must be noticed: the first value after a tensor is read."""
 
@@ -361,6 +369,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "norm": norm_cases,
     "paged_attention": paged_attention_cases,
     "place": place_cases,
+    "pool": pool_cases,
     "rotate_and_attend": rotate_and_attend_cases,
     "rotate_and_cache": rotate_and_cache_cases,
     "share_norm": share_norm_cases,

@@ -86,6 +86,7 @@ LENS = {
 GPU_LENS = {
     "long-decode": [(1, 9000)],
     "many": [(1, 1), (1, 700), (1, 1000), (1, 64), (37, 37), (300, 300), (130, 1000)],
+    "long-prompts": [(1, 50), (700, 900), (1500, 1500)],  # so many queries that they get larger tiles
 }
 LENS |= GPU_LENS
 
@@ -104,9 +105,10 @@ USUAL = (6, 2, 20)
         *product(DTYPES[:1], [USUAL], ["mixed"], [1, 5, 128], ["plain"]),
     ],
     [
-        *product(DTYPES, GPU_HEADS, GPU_LENS, [16], ["plain"]),
+        *product(DTYPES, GPU_HEADS, ["long-decode", "many"], [16], ["plain"]),
+        *product(NARROW, [(32, 8, 128), (16, 8, 256), (71, 1, 64)], ["long-prompts"], [16], ["plain", "everything"]),
         *product(DTYPES, [(32, 8, 128), (16, 8, 256), (8, 8, 64)], ["many"], [16], EXTRAS),
-        *product(NARROW, [(32, 8, 128)], GPU_LENS, [1, 5, 128], ["window"]),
+        *product(NARROW, [(32, 8, 128)], ["long-decode", "many"], [1, 5, 128], ["window"]),
     ],
 )
 def test_paged_attention(kernels: Kernels, case):
@@ -176,18 +178,36 @@ def test_queries_may_be_part_of_a_wider_tensor(kernels: Kernels, case):
 
 
 @cases(
-    [(torch.float32, USUAL, "plain"), (torch.float32, USUAL, "relative"), (torch.bfloat16, (4, 4, 16), "relative")],
-    product(DTYPES, [(16, 16, 64), (12, 4, 80), (8, 8, 128)], ["plain", "relative"]),
+    [
+        *[(torch.float32, USUAL, "plain", (1, 33, 5, 70)), (torch.float32, USUAL, "relative", (1, 33, 5, 70))],
+        (torch.bfloat16, (4, 4, 16), "relative", (1, 33, 5, 70)),
+        # All tokens in one tile of columns, and one more.
+        *[(torch.float16, (2, 2, 64), "plain", lens) for lens in ((1,), (128,), (63, 65), (100, 29))],
+    ],
+    [
+        *product(DTYPES, [(16, 16, 64), (12, 4, 80), (8, 8, 128)], ["plain", "relative"], [(1, 33, 5, 70)]),
+        *product(NARROW, [(16, 16, 64), (32, 8, 128)], ["plain", "relative"], [(700, 1, 500), (128,)]),
+    ],
 )
 def test_full_attention(kernels: Kernels, case):
-    dtype, heads, extra = case
+    dtype, heads, extra, lens = case
     spec = dataclasses.replace(make_spec(heads, extra), causal=False)
-    lens = (1, 33, 5, 70)
     batch = make_batch([(length, length) for length in lens], num_blocks=512)
     qkv = torch.randn(sum(lens), spec.qkv_size).to(dtype)
     table = torch.randn(32, spec.num_heads).to(dtype) if spec.relative else None
     expected = full_attention(qkv.float(), batch, spec, None if table is None else table.float())
     check(kernels(full_attention, qkv, batch, spec, table), expected, dtype)
+
+
+@pytest.mark.parametrize(("heads", "tokens", "rows"), [(16, 128, 64), (16, 527, 64), (16, 528, 128), (71, 512, 128)])
+def test_tiles_are_no_larger_than_leaves_half_of_the_processors_one(monkeypatch, heads, tokens, rows):
+    from headrace.kernels.ops import attend_triton
+
+    h200 = torch.device("cuda", 0)
+    monkeypatch.setattr(attend_triton, "_large_processors", lambda device: 132.0 if device == h200 else math.inf)
+    assert attend_triton._tile(2, 64, heads * tokens, h200)[0] == rows
+    assert attend_triton._tile(2, 64, heads * tokens, torch.device("cpu"))[0] == 64
+    assert attend_triton._tile(4, 64, heads * tokens, h200)[0] == 16
 
 
 # ------------------------------------------------------------------------------------------------------- only on a GPU

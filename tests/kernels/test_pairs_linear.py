@@ -154,11 +154,17 @@ def compute_with(kernels: Kernels, tiles: Tiles, given: dict) -> torch.Tensor:
         *[(Tiles("gemv", 4, 256, 1), 2), (Tiles("gemv", 8, 1024, 4), 4), (Tiles("skinny", 32, 64, 4, 3, 3), 2)],
         *[(Tiles("keep", 16, 2048, 8, programs=2), 1), (Tiles("keep", 4, 2048, 4, programs=100), 1)],
         *[(Tiles("skinny", 64, 64, 4, 3, 3, early=True), 5), (Tiles("skinny", 16, 128, 4, 3, 8, early=True), 70)],
+        *[(Tiles("skinny", 64, 128, 4, 3, 3, block_m=64), 70), (Tiles("skinny", 32, 64, 4, 3, 1, block_m=32), 97)],
+        (Tiles("skinny", 64, 128, 4, 3, 2, ahead=True, block_m=128), 128),
     ],
     [
         *[(Tiles("gemv", 16, 512, 2), 1), (Tiles("skinny", 128, 128, 8, 3, 8), 64), (Tiles("torch"), 3)],
         *[(Tiles("skinny", 16, 128, 8, 4, 2, early=True), 128), (Tiles("skinny", 32, 64, 8, 6, 1), 128)],
         *[(Tiles("skinny", 64, 128, 4, 4, 2, early=True), 16), (Tiles("skinny", 32, 256, 4, 4, 1, early=True), 16)],
+        *[(Tiles("skinny", 32, 128, 4, 6, 1, block_m=32), 97), (Tiles("skinny", 64, 64, 4, 4, 4, block_m=16), 65)],
+        *[(Tiles("skinny", 128, 64, 8, 4, 2, block_m=64), 128), (Tiles("skinny", 64, 128, 4, 3, 4, ahead=True), 64)],
+        *[(Tiles("skinny", block_n, 64, 4, 4, 3, ahead=True, block_m=64), 128) for block_n in (16, 32, 64)],
+        *[(Tiles("skinny", 128, 64, 8, 3, 1, block_m=128), 256), (Tiles("skinny", 64, 64, 4, 4, 2, block_m=64), 129)],
     ],
 )
 def test_tiles_make_no_difference(kernels: Kernels, case):
@@ -184,11 +190,12 @@ def test_a_row_that_is_kept(kernels: Kernels, case):
         check(compute_with(kernels, Tiles("keep", rows, depth, 8, programs=programs), given), given)
 
 
-@cases([5, 3, 2], [8])
+@cases([(5, 5, 0), (5, 3, 0), (5, 2, 0), (40, 3, 16)], [(5, 8, 0), (100, 4, 64), (128, 8, 32)])
 def test_the_depth_in_parts_always_adds_up_the_same(kernels: Kernels, case):
     # Thrice with the same counters, which each launch must leave as it found them.
-    given = make(HALF, (5, 70, 600), "all")
-    tiles = Tiles("skinny", 16, 64, 4, 2, whole_splits(600, 64, case))
+    rows, splits, block_m = case
+    given = make(HALF, (rows, 70, 600), "all")
+    tiles = Tiles("skinny", 16, 64, 4, 2, whole_splits(600, 64, splits), block_m=block_m)
     found = [compute_with(kernels, tiles, given) for _ in range(3)]
     check(found[0], given)
     assert torch.equal(found[0], found[1])

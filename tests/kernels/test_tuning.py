@@ -36,22 +36,32 @@ def fits(shape: LinearShape, tiles: Tiles) -> bool:
         return powers and fit and tiles.programs >= 1
     tiles_of_part = math.ceil(math.ceil(shape.k / tiles.block_k) / tiles.splits)
     no_part_is_empty = tiles_of_part * (tiles.splits - 1) * tiles.block_k < shape.k
+    powers &= tiles.block_m & (tiles.block_m - 1) == 0 and tiles.block_m <= shape.rows
     return powers and shape.itemsize == 2 and tiles.block_n >= 16 and tiles.block_k >= 16 and no_part_is_empty
 
 
 @pytest.mark.parametrize("gpu", [H200, SMALL], ids=["h200", "small"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 4, 16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_guess_fits(size, rows, gated, itemsize, gpu):
     shape = LinearShape(rows, *size, gated, itemsize)
     tiles = guess(shape, **gpu)
     assert fits(shape, tiles)
     if tiles.kernel == "skinny":
-        stage = (tiles.block_n * (2 if gated else 1) + max(16, rows)) * tiles.block_k * itemsize
+        block_m = tiles.block_m or rows
+        stage = (tiles.block_n * (2 if gated else 1) + max(16, block_m)) * tiles.block_k * itemsize
         assert tiles.stages == 2 or tiles.stages * stage <= gpu["shared_memory"]
-        assert tiles.splits == 1 or tiles.splits * -(-size[0] // tiles.block_n) <= gpu["processors"]
+        programs = tiles.splits * -(-size[0] // tiles.block_n) * -(-rows // block_m)
+        assert tiles.splits == 1 or programs <= gpu["processors"]
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (3072, 1024), (4096, 1024), (1024, 4096)])  # of BERT-large
+def test_a_guess_for_many_rows_and_a_small_weight_fills_a_gpu(size):
+    tiles = guess(LinearShape(128, *size, False, 2), **H200)
+    assert tiles.kernel == "skinny"
+    assert 90 <= tiles.splits * (size[0] // tiles.block_n) * (128 // tiles.block_m) <= H200["processors"]
 
 
 def test_what_is_stored_fits():
@@ -94,3 +104,4 @@ def test_a_gpu_without_a_table_has_none_stored():
 
 def test_rows_are_rounded_up():
     assert [row_bucket(rows) for rows in (1, 2, 3, 5, 16, 17, 33, 65, 128)] == [1, 2, 4, 16, 16, 32, 64, 128, 128]
+    assert row_bucket(129) == row_bucket(256) == tuning.MOST_ROWS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from headrace.errors import ConfigError
-from headrace.workers.device import pick_device, upload
+from headrace.workers.device import Upload, pick_device, upload
 
 
 @pytest.fixture
@@ -57,3 +57,20 @@ def test_what_is_uploaded_arrives_whatever_becomes_of_the_array(device):
         for array, tensor in zip(arrays, uploaded, strict=True):
             assert tensor.device.type == device
             assert np.array_equal(tensor.cpu().numpy(), array)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_sent_to_a_fixed_place_is_not_overtaken_by_what_comes_next(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    target = torch.full((1_000_000,), -1, device=device)
+    way, seen = Upload(target), []
+    for turn in range(1, 20):
+        count = len(target) // turn
+        way.room(count)[:] = turn
+        way.send(count)
+        seen.append(target.clone())  # behind the copy, while the host goes on
+    for turn, found in enumerate(seen, 1):
+        count = len(target) // turn
+        assert bool((found[:count] == turn).all())
+        assert turn == 1 or bool((found[count:] < turn).all())

@@ -26,7 +26,7 @@ def with_static_texts(engine: EncoderEngine) -> EncoderEngine:
     Kernels("interpreted")  # skips where kernels are compiled
     runner = engine._runner
     step = StaticTexts(
-        lambda batch: runner._model.hidden(batch, None),
+        runner._computed,
         max_tokens=runner._max_tokens,
         max_texts=runner._max_texts,
         max_model_len=runner._max_model_len,
@@ -143,3 +143,26 @@ def test_graphs_give_the_same(folder, name):
         assert_same(results(engine, BATCHES[name]), expected)
         results(engine, TEXTS[::-1])
     assert engine.load_gauges()["graph_replays"] == engine.steps > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS])
+def test_a_pass_is_two_copies_around_a_graph(folder, texts):
+    """What pools used to be a dozen launches of their own, and the copies to be three and of pageable memory."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    engine = load(folder, device="cuda", max_batch_tokens=128, max_num_seqs=12)
+    engine.warm_up()
+    run(engine, ask(0, TEXTS[0]))
+    for number, text in enumerate(texts):
+        engine.add(ask(number, text), 0.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert len(engine.step(0.0).runs) == len(texts)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert (calls["cudaGraphLaunch"], calls["cudaMemcpyAsync"]) == (1, 2)
+    assert not [name for name in calls if "LaunchKernel" in name]
