@@ -22,7 +22,7 @@ from headrace.workers.compilations import compilations
 from headrace.workers.config import EngineConfig
 from headrace.workers.encoder_runner import EncoderRunner, Items, Text
 from headrace.workers.engine import StepResult
-from headrace.workers.served import model_len
+from headrace.workers.served import largest_id, model_len
 from headrace.workers.warmup import lengths_up_to
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class EncoderEngine:
             raise InvalidRequestError(
                 f"The text has {len(tokens):,} tokens; give 1 to {self.card.max_model_len:,}.", param="prompt"
             )
-        if (largest := max(tokens)) >= self.card.vocab_size:
+        if (largest := largest_id(tokens)) >= self.card.vocab_size:
             raise InvalidRequestError(
                 f"The text holds token id {largest}, but {self.card.name} has ids 0 to {self.card.vocab_size - 1}; use "
                 "the tokenizer that its card names.",

@@ -39,7 +39,7 @@ from headrace.workers.runner import Runner
 from headrace.workers.sampler import Choice, Choices
 from headrace.workers.scheduler import Filled, Plan, Scheduler
 from headrace.workers.sequence import Sequence
-from headrace.workers.served import model_len, num_blocks, start_token_of
+from headrace.workers.served import largest_id, model_len, num_blocks, start_token_of
 from headrace.workers.warmup import examples
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ class Engine:
             ("stop_token_ids", sampling.stop_token_ids),
             ("logit_bias", sampling.logit_bias),
         ):
-            if (largest := max(ids, default=0)) >= vocab:
+            if (largest := largest_id(ids)) >= vocab:
                 raise InvalidRequestError(
                     f"{name} holds token id {largest}, but {self.card.name} has ids 0 to {vocab - 1}; "
                     "use the tokenizer that its card names.",

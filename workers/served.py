@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from headrace.card import ModelCard
 from headrace.errors import ConfigError, ModelFilesError
@@ -14,7 +18,7 @@ if TYPE_CHECKING:
     from headrace.kernels.model import Model
     from headrace.kernels.spec import ModelSpec
 
-__all__ = ["model_len", "num_blocks", "start_token_of"]
+__all__ = ["largest_id", "model_len", "num_blocks", "start_token_of"]
 
 
 def start_token_of(spec: ModelSpec, card: ModelCard, given: int | None) -> int | None:
@@ -52,6 +56,13 @@ def model_len(card: ModelCard, config: EngineConfig) -> int:
             param="max_model_len",
         )
     return config.max_model_len
+
+
+def largest_id(ids: Iterable[int]) -> int:
+    """The largest of some token ids, 0 if there are none; of a prompt without making an object of each."""
+    if isinstance(ids, array):
+        return int(np.frombuffer(ids, np.uint32).max(initial=0))
+    return max(ids, default=0)
 
 
 def num_blocks(model: Model, config: EngineConfig, max_model_len: int) -> int:
