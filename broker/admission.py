@@ -131,7 +131,8 @@ def _resolve_length(request: Request, model: Model, sampling: SamplingParams) ->
     held = max((len(output) // TOKEN_BYTES for output in request.output), default=0)
     if held > limit:
         raise InvalidRequestError(f"output holds {held} tokens, more than the {limit} asked for.", param="output")
-    return sampling.replace(max_tokens=limit)  # also checks min_tokens against it
+    # What the request says was checked already; a limit that it leaves to us must be, for min_tokens' sake.
+    return sampling if wanted == limit else sampling.replace(max_tokens=limit)
 
 
 def _resolve_items(request: Request, model: Model, sampling: SamplingParams) -> SamplingParams:

@@ -59,7 +59,7 @@ class Broker:
         self._lives = lives = Lives(registry, jobs, delivery, mailer, counters)
         self._dispatch = dispatch = Dispatcher(config, registry, lives, mailer, counters)
         replays = Replays(config, registry, lives, quarantine, mailer, counters)
-        submissions = Submissions(
+        self._submissions = submissions = Submissions(
             registry,
             jobs,
             waiting,
@@ -121,6 +121,7 @@ class Broker:
                 self._clients.take(event.peer, event.message, now)
         elif type(event) is TurnEnd:
             self._dispatch.flush(now)
+            self._submissions.flush()
             self.delivery.flush(now)
         elif type(event) is Tick:
             self._on_tick(now)

@@ -61,6 +61,7 @@ class Submissions:
         self._mailer = mailer
         self._counters = counters
         self._rng = rng
+        self._accepted: list[tuple[Connection, Accepted]] = []  # to be said at the end of the turn
 
     def take(self, conn: Connection, message: Submit, now: float) -> None:
         """A client wants requests run."""
@@ -98,6 +99,14 @@ class Submissions:
             if (conn := self._delivery.connections.get(peer)) is not None:
                 self._submit_all(conn, (request,), now)
 
+    def flush(self) -> None:
+        """Tell clients what was accepted in this turn: behind the assignments, which a group waits for, and before the
+        first tokens."""
+        for conn, message in self._accepted:
+            if self._delivery.connections.get(conn.peer) is conn:
+                self._mailer.send(Face.CLIENTS, conn.peer, message)
+        self._accepted.clear()
+
     def _submit_all(self, conn: Connection, requests: tuple[Request, ...], now: float) -> None:
         accepted = []
         for request in requests:
@@ -109,7 +118,7 @@ class Submissions:
                 if job is not None:
                     accepted.append(Acceptance(job.id, job.seed, job.max_tokens))
         if accepted:
-            self._mailer.send(Face.CLIENTS, conn.peer, Accepted(requests=tuple(accepted)))
+            self._accepted.append((conn, Accepted(requests=tuple(accepted))))
 
     def _submit(self, conn: Connection, request: Request, now: float) -> Job | None:
         """The job of a request, new or known; None while it waits for its model to be announced."""
@@ -147,7 +156,7 @@ class Submissions:
         raise UnknownModelError(f"No model {request.model[:100]!r} is served; served: {served}.", param="model")
 
     def _new_job(self, conn: Connection, request: Request, model: Model, sampling: SamplingParams, now: float) -> Job:
-        seed = sampling.seed if sampling.seed is not None else self._rng.getrandbits(63)
+        seeded = sampling if sampling.seed is not None else sampling.replace(seed=self._rng.getrandbits(63))
         stops = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops.update(model.card.eos_token_ids)
@@ -157,7 +166,7 @@ class Submissions:
             id=request.id,
             model=model.card.name,
             prompt=request.prompt,
-            sampling=sampling.replace(seed=seed).to_wire(),
+            sampling=seeded.to_wire(),
             task=request.task,
             pooling=PoolingParams.from_wire(request.pooling).to_wire(),
             digest=digest(request, model.card.name, sampling),

@@ -136,8 +136,9 @@ class Reading:
 
     def _launch(self, prepared: Prepared, sink: Sink) -> None:
         self._prompt_tokens = len(prepared.prompt)
-        self._assembler = Assembler(prepared)
         [self._ticket] = self._core.launch([(prepared, sink)])
+        # Made while the request is on its way: only who called this reads what comes back.
+        self._assembler = Assembler(prepared)
 
     def _take(self, news: News | None) -> None:
         """What an inbox had; None is put there by `_finish`, to wake a reader in another thread or task."""

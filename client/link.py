@@ -71,8 +71,8 @@ class Connection:
 
     def work_begins(self, now: float) -> None:
         """There was nothing to do, and now there is."""
-        self._heard_at = now
-        self._spoke_at = now - PING_EVERY  # a ready connection is tried at once
+        # What is asked of a ready connection now tries it as a ping would.
+        self._heard_at = self._spoke_at = now
         if self.state is Link.IDLE:
             self.down_since = now
             self.refusal = None

@@ -169,11 +169,14 @@ def checked_ids(ids: object, vocab_size: int) -> list[int]:
     Raises:
         InvalidRequestError: they are none, or one is beyond the vocabulary.
     """
-    checked: list[int] = []
     if not isinstance(ids, Iterable):
         raise InvalidRequestError(
             f"token_ids is {type(ids).__name__}; give a list of whole numbers.", param="token_ids"
         )
+    # Nearly always they are a list of plain numbers, which takes a look at the whole instead of at each.
+    if type(ids) is list and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+        return ids.copy()
+    checked: list[int] = []
     for number, token in enumerate(ids):
         # Whatever counts as a whole number may come, from numpy or torch too; floats and strings may not.
         try:

@@ -66,6 +66,7 @@ class Transport:
         self._pid = os.getpid()
         self._tickets = itertools.count(1)
         self._wishes: deque[Event] = deque()
+        self._rung = False  # the thread was woken and has not looked at the wishes yet
         self._sinks: dict[int, Sink] = {}
         self._starting = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -152,8 +153,10 @@ class Transport:
                 self._thread.start()
 
     def _ring(self) -> None:
-        # A full pipe means the thread will wake anyway, a closed one that it is gone.
-        if self._bell is not None:
+        # Who comes between a ring and the thread's look is seen without one of its own, for wishes come before rings. A
+        # full pipe means the thread will wake anyway, a closed one that it is gone.
+        if self._bell is not None and not self._rung:
+            self._rung = True
             with contextlib.suppress(OSError):
                 self._bell.send(b"!")
 
@@ -181,12 +184,27 @@ class Transport:
         io.wait(self._session.wake_at())
         now = time.monotonic()
         news: list[Emit] = []
+        self._rung = False
         while self._wishes:
-            self._feed(self._wishes.popleft(), now, io, news)
+            self._feed(self._next_wish(), now, io, news)
+        io.flush()
         for event in io.received():
             self._feed(event, now, io, news)
         self._feed(Tick(), now, io, news)
-        self._deliver(news)
+        self._deliver(news)  # before the receipts for it, which nobody waits for
+        io.flush()
+
+    def _next_wish(self) -> Event:
+        """The oldest wish; requests that follow each other are one, for each message is a chance to lose the
+        interpreter to callers that are still wishing, and to wait for it."""
+        wish = self._wishes.popleft()
+        if isinstance(wish, Start):
+            requests = [*wish.requests]
+            while self._wishes and isinstance(following := self._wishes[0], Start):
+                requests += following.requests
+                self._wishes.popleft()
+            return Start(tuple(requests))
+        return wish
 
     def _feed(self, event: Event, now: float, io: _Io, news: list[Emit]) -> None:
         for action in self._session.handle(event, now):
@@ -244,6 +262,7 @@ class _Io:
         self._poller = zmq.Poller()
         self._poller.register(listener.fileno(), zmq.POLLIN)
         self._socket: Any = None
+        self._outgoing: list[list[bytes]] = []
         self.finished = False
 
     def wait(self, until: float | None) -> None:
@@ -272,11 +291,17 @@ class _Io:
                 yield Received(Error(error=error.to_wire()))
 
     def send(self, message: Message) -> None:
-        """Queue a message; the queue is as long as the callers' wishes, and dies with the connection."""
+        """Say this with the next `flush`."""
         from headrace.codec import encode
 
         if self._socket is not None:
-            self._socket.send_multipart(encode(message), self._zmq.NOBLOCK)
+            self._outgoing.append(encode(message))
+
+    def flush(self) -> None:
+        """Queue what is to be said; the queue is as long as the callers' wishes, and dies with the connection."""
+        for frames in self._outgoing:
+            self._socket.send_multipart(frames, self._zmq.NOBLOCK)
+        self._outgoing.clear()
 
     def connect(self) -> HeadraceError | None:
         """Open a new socket; the error if the endpoint is not one."""
@@ -304,6 +329,7 @@ class _Io:
     def disconnect(self) -> None:
         """Close the socket with all it holds, at the client's end after a moment for the last words."""
         if self._socket is not None:
+            self.flush()
             self._poller.unregister(self._socket)
             self._socket.close(linger=_LINGER_MS if self.finished else 0)
             self._socket = None

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -32,6 +33,7 @@ _UNSEEN_SLOTS = 4 << 20  # array slots of 8 bytes that nested headers may claim
 _PLAIN_TYPES = frozenset({str, int, float, bool, bytes, type(None)})
 
 _Reader = Callable[[Any, str], Any]
+_Writer = Callable[[Any], Any]
 
 
 def encode(message: Message) -> list[bytes]:
@@ -40,8 +42,9 @@ def encode(message: Message) -> list[bytes]:
     Raises:
         ProtocolError: the message is larger than a peer will take, or holds what msgpack cannot say.
     """
+    kind: Any = type(message)
     try:
-        body = _packer().pack(_plain(message))
+        body = _packer().pack(_writer(kind)(message))
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"A {type(message).__name__} message cannot be written: {error}.") from error
     if len(body) > MAX_BODY:
@@ -148,18 +151,30 @@ def _kinds(allowed: tuple[type[Any], ...]) -> dict[bytes, Any]:
 
 
 @cache
-def _field_names(cls: Any) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(cls))
+def _writer(cls: Any) -> _Writer:
+    """A function that makes a map of a dataclass, whose fields are looked at once and not with every message."""
+    hints = typing.get_type_hints(cls)
+    names = tuple(f.name for f in dataclasses.fields(cls))
+    nested = {name: write for name in names if (write := _field_writer(hints[name])) is not None}
+    values = attrgetter(*names) if len(names) > 1 else lambda message: [getattr(message, name) for name in names]
+
+    def write_map(message: Any) -> dict[str, Any]:
+        fields = dict(zip(names, values(message), strict=True))
+        for name, write in nested.items():
+            fields[name] = write(fields[name])
+        return fields
+
+    return write_map
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses become maps; a tuple of dataclasses a list of maps; the rest msgpack packs as it is."""
-    if dataclasses.is_dataclass(value):
-        cls: Any = type(value)
-        return {name: _plain(getattr(value, name)) for name in _field_names(cls)}
-    if type(value) is tuple and value and dataclasses.is_dataclass(value[0]):
-        return [_plain(item) for item in value]
-    return value
+def _field_writer(annotation: Any) -> _Writer | None:
+    """How a field is written that holds a dataclass or a tuple of them; None for what msgpack packs as it is."""
+    many = typing.get_origin(annotation) is tuple
+    item: Any = typing.get_args(annotation)[0] if many else annotation
+    if not hasattr(item, "__dataclass_fields__"):
+        return None
+    write = _writer(item)
+    return (lambda values: [write(value) for value in values]) if many else write
 
 
 @cache
@@ -257,6 +272,7 @@ def _reader_type(annotation: Any) -> Any:
 def _dataclass_reader(cls: type[Any]) -> _Reader:
     hints = typing.get_type_hints(cls)
     readers = {f.name: _reader(hints[f.name]) for f in dataclasses.fields(cls)}
+    scalars = {name: hints[name] for name in readers if hints[name] in _PLAIN_TYPES}
     required = {
         f.name
         for f in dataclasses.fields(cls)
@@ -268,6 +284,12 @@ def _dataclass_reader(cls: type[Any]) -> _Reader:
             raise ProtocolError(f"{where} must be a map, not {type(value).__name__}.")
         if missing := required - value.keys():
             raise ProtocolError(f"{where} lacks {', '.join(sorted(missing))}.")
-        return cls(**{name: readers[name](v, f"{where}.{name}") for name, v in value.items() if name in readers})
+        fields = {}
+        for name, v in value.items():
+            if type(v) is scalars.get(name):
+                fields[name] = v
+            elif name in readers:
+                fields[name] = readers[name](v, f"{where}.{name}")
+        return cls(**fields)
 
     return read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -123,9 +124,7 @@ class SamplingParams:
 
     def to_wire(self) -> dict[str, object]:
         """What the engine needs, as a msgpack map: fields that differ from the default, without `stop`."""
-        default = SamplingParams()
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stop"}
-        wire = {name: value for name, value in values.items() if value != getattr(default, name)}
+        wire = {name: value for name, default in _defaults().items() if (value := getattr(self, name)) != default}
         if "logit_bias" in wire:
             wire["logit_bias"] = [[token, bias] for token, bias in self.logit_bias.items()]
         return wire
@@ -133,7 +132,7 @@ class SamplingParams:
     @classmethod
     def from_wire(cls, wire: Mapping[str, object]) -> SamplingParams:
         """The inverse of `to_wire`; fields of a newer version are ignored, bad values raise InvalidRequestError."""
-        known = {f.name for f in fields(cls)} - {"stop"}
+        known = _defaults()
         values = {name: value for name, value in wire.items() if name in known}
         try:
             if "logit_bias" in values:
@@ -145,6 +144,13 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"The sampling settings have the wrong shape: {error}.", param="sampling"
             ) from error
+
+
+@cache
+def _defaults() -> Mapping[str, object]:
+    """What travels, and the values of which nothing need be said: looked up with every request, so kept."""
+    default = SamplingParams()
+    return {f.name: getattr(default, f.name) for f in fields(default) if f.name != "stop"}
 
 
 def _bad(name: str, value: object, wanted: str) -> InvalidRequestError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from headrace.errors import InvalidRequestError
@@ -59,15 +60,19 @@ class PoolingParams:
 
     def to_wire(self) -> dict[str, Any]:
         """A msgpack map of the fields that differ from the default."""
-        default = PoolingParams()
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if value != getattr(default, name)}
+        return {name: value for name, default in _defaults().items() if (value := getattr(self, name)) != default}
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> PoolingParams:
         """The inverse of `to_wire`; fields of a newer version are ignored, bad values raise InvalidRequestError."""
-        known = {f.name for f in fields(cls)}
+        known = _defaults()
         return cls(**{name: value for name, value in wire.items() if name in known})
+
+
+@cache
+def _defaults() -> Mapping[str, object]:
+    default = PoolingParams()
+    return {f.name: getattr(default, f.name) for f in fields(default)}
 
 
 def _bad(name: str, value: object, wanted: str) -> InvalidRequestError:

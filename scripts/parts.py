@@ -16,11 +16,11 @@ __all__ = ["run_broker", "run_fetch", "run_gateway"]
 _REPORT_EVERY = 0.1  # seconds between two messages of progress
 
 
-def run_broker(client_endpoint: str, worker_endpoint: str) -> None:
-    """The broker, until SIGTERM."""
+def run_broker(client_endpoint: str, worker_endpoint: str, awake: float = 0.0) -> None:
+    """The broker, until SIGTERM; see `BrokerServer` for its arguments."""
     from headrace.broker.serve import BrokerServer
 
-    server = BrokerServer(client_endpoint, worker_endpoint)
+    server = BrokerServer(client_endpoint, worker_endpoint, awake=awake)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     with server:
         _ready(endpoint=server.client_endpoint, worker_endpoint=server.worker_endpoint)

@@ -35,6 +35,7 @@ from headrace.scripts.signals import catch_signals
 from headrace.scripts.start_table import start_table
 from headrace.scripts.terminal import Terminal
 from headrace.workers.group import ENGINE, GroupEvent, GroupSpec
+from headrace.workers.rank_threads import time_awake
 
 if TYPE_CHECKING:
     from headrace.gateway.settings import GatewaySettings
@@ -207,8 +208,12 @@ class Pool:
         return service
 
     def _make_broker(self, facts: dict[str, Any]) -> Child:
-        endpoints = {"client_endpoint": self.client_endpoint, "worker_endpoint": self.worker_endpoint}
-        return Child("headrace-broker", run_broker, endpoints)
+        settings = {
+            "client_endpoint": self.client_endpoint,
+            "worker_endpoint": self.worker_endpoint,
+            "awake": time_awake(self.plan.config.device),
+        }
+        return Child("headrace-broker", run_broker, settings)
 
     def _make_gateway(self, facts: dict[str, Any]) -> Child:
         assert self.plan.gateway is not None

@@ -23,6 +23,7 @@ from headrace.workers.config import EngineConfig
 from headrace.workers.encoder_runner import EncoderRunner, Items, Text
 from headrace.workers.engine import StepResult
 from headrace.workers.served import model_len
+from headrace.workers.token_checks import largest_id
 from headrace.workers.warmup import lengths_up_to
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class EncoderEngine:
             raise InvalidRequestError(
                 f"The text has {len(tokens):,} tokens; give 1 to {self.card.max_model_len:,}.", param="prompt"
             )
-        if (largest := max(tokens)) >= self.card.vocab_size:
+        if (largest := largest_id(tokens)) >= self.card.vocab_size:
             raise InvalidRequestError(
                 f"The text holds token id {largest}, but {self.card.name} has ids 0 to {self.card.vocab_size - 1}; use "
                 "the tokenizer that its card names.",

@@ -29,7 +29,7 @@ from headrace.workers.group import ENGINE, GroupSpec
 from headrace.workers.leader_loop import LeaderLoop
 from headrace.workers.parallel_compile import compiled_ahead
 from headrace.workers.plan import PlanWriter, follow
-from headrace.workers.rank_threads import use_threads
+from headrace.workers.rank_threads import time_awake, use_threads
 from headrace.workers.start_report import Phase, StartClock
 
 __all__ = ["run_rank"]
@@ -83,7 +83,10 @@ def run_rank(
     while (message := launcher.receive()) is None or message["kind"] != "serve":
         if message is not None and message["kind"] == "drain":
             return
-    loop = LeaderLoop(engine, endpoint, group.name, launcher=launcher, writer=PlanWriter(followers))
+    writer = PlanWriter(followers)
+    loop = LeaderLoop(
+        engine, endpoint, group.name, launcher=launcher, writer=writer, awake=time_awake(group.config.device)
+    )
     signal.signal(signal.SIGTERM, loop.on_sigterm)
     loop.run()
 

@@ -1,4 +1,4 @@
-"""How many CPU threads each rank computes with, and how they wait for each other.
+"""How many CPU threads each rank computes with, how they wait for each other, and how others wait for them.
 
 Two processes whose threads spin while they wait take turns at blocking each other: on two cores one model fell from 18
 to 0.6 tokens/s. So the cores are divided among the ranks, and where none is left over for the broker, the gateway and
@@ -13,8 +13,11 @@ from pathlib import Path
 
 from headrace.errors import ConfigError
 
-__all__ = ["cores", "share_of", "use_threads"]
+__all__ = ["cores", "share_of", "time_awake", "use_threads"]
 
+_AWAKE = 0.02  # a program that asks one thing after the other comes back sooner
+_MANY_CORES = 8
+_DEV = Path("/dev")
 _CPU = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -53,6 +56,19 @@ def use_threads(threads: int, *, crowded: bool) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if (torch := sys.modules.get("torch")) is not None:  # the program that started us imports it
         torch.set_num_threads(threads)
+
+
+def time_awake(device: str, *, available: int | None = None, dev: Path = _DEV) -> float:
+    """Seconds that a process between a GPU and its clients looks for the next message before it sleeps: none where
+    the cores have to compute, or are few.
+
+    Args:
+        device: the setting.
+        available: cores.
+        dev: folder of devices, where those of NVIDIA's driver are.
+    """
+    on_gpu = device != "cpu" and any(dev.glob("nvidia[0-9]*"))
+    return _AWAKE if on_gpu and (cores() if available is None else available) >= _MANY_CORES else 0.0
 
 
 def _affinity() -> set[int]:

@@ -139,9 +139,13 @@ class Sequence:
 
     def digests(self, count: int, block_size: int) -> list[bytes]:
         """Chained digests of the first `count` blocks; each is computed once."""
-        for index in range(len(self._digests), count):
-            parent = self._digests[-1] if self._digests else self.root
-            tokens = self.tokens[index * block_size : (index + 1) * block_size]
-            assert len(tokens) == block_size, "only full blocks have a digest"
-            self._digests.append(block_digest(parent, tokens.tobytes()))
+        known = len(self._digests)
+        if known < count:
+            assert count * block_size <= len(self.tokens), "only full blocks have a digest"
+            tokens = self.tokens[known * block_size : count * block_size].tobytes()
+            size = block_size * self.tokens.itemsize
+            parent = self._digests[-1] if known else self.root
+            for start in range(0, len(tokens), size):
+                parent = block_digest(parent, tokens[start : start + size])
+                self._digests.append(parent)
         return self._digests[:count]

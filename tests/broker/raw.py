@@ -149,8 +149,10 @@ def alive(peer: Peer, nonce: int = 1) -> bool:
 class Serving:
     """A broker in a thread."""
 
-    def __init__(self, client_endpoint: str, worker_endpoint: str, config: BrokerConfig | None = None) -> None:
-        self.server = BrokerServer(client_endpoint, worker_endpoint, config)
+    def __init__(
+        self, client_endpoint: str, worker_endpoint: str, config: BrokerConfig | None = None, *, awake: float = 0.0
+    ) -> None:
+        self.server = BrokerServer(client_endpoint, worker_endpoint, config, awake=awake)
         self.thread = threading.Thread(target=self.server.run, name="broker")
 
     def __enter__(self) -> Serving:

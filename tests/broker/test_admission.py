@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from headrace.broker.events import Face
 from headrace.errors import (
     ConflictError,
     ContextLengthError,
@@ -14,6 +15,7 @@ from headrace.errors import (
     UnknownModelError,
 )
 from headrace.messages import Error, Request, Submit, pack_tokens
+from headrace.sampling import SamplingParams
 from tests.broker.world import World, card, emit, request, text
 
 BIG = tuple(range(1, 101))
@@ -363,3 +365,17 @@ def test_a_conflict_is_no_end_for_the_request_that_has_the_id():
     assert answers == [ConflictError.code]
     world.finish([record])
     assert list(record.tokens[0]) == text(1, 0, 8)[0]
+
+
+def test_settings_are_checked_once_if_the_request_leaves_none_open(monkeypatch):
+    """A client's library says seed and length; each check more of all settings would delay its first token."""
+    checks = []
+    check = SamplingParams.__post_init__
+    monkeypatch.setattr(SamplingParams, "__post_init__", lambda self: (checks.append(self), check(self)))
+    world = World()
+    world.group()
+    client = world.client()
+    checks.clear()
+    record = request(1, seed=5, max_tokens=3)
+    world.receive(Face.CLIENTS, client.peer, Submit(requests=(record,)))
+    assert len(checks) == 1

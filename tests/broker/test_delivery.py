@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.broker.events import Face, Note, Send
+from headrace.broker.events import Face, Note, PeerLost, Send, TurnEnd
 from headrace.broker.mail import MAX_BACKLOG, Mailer
 from headrace.errors import RequestCancelledError
-from headrace.messages import Accepted, Ack, Blob, Credit, Done, GetBlob, Ping, Pong, Tokens
+from headrace.messages import Accepted, Ack, Assign, Blob, Credit, Done, GetBlob, Ping, Pong, Submit, Tokens
 from tests.broker.world import World, card, finals, request, runs, text
 
 
@@ -254,3 +254,28 @@ def test_a_cancel_is_acknowledged_when_the_end_was_not_told_yet(settings):
     world.wait(1.0)
     assert isinstance(record.error, RequestCancelledError)
     assert not world.broker.delivery.connections[client.peer].jobs
+
+
+def test_a_group_hears_of_a_request_before_its_client_hears_that_it_was_accepted():
+    """The group has work to do, the client only waits: what is said first arrives first."""
+    world = World()
+    group = world.group()
+    client = world.client()
+    world.settle()
+    world.receive(Face.CLIENTS, client.peer, Submit(requests=(request(1), request(2))))
+    actions = [action for action in world.broker.handle(TurnEnd(), world.now) if isinstance(action, Send)]
+    assert [(action.peer, type(action.message)) for action in actions] == [
+        (group.peer, Assign),
+        (client.peer, Accepted),
+    ]
+
+
+def test_nothing_is_accepted_for_a_client_that_is_gone_by_the_end_of_the_turn():
+    world = World()
+    client = world.client()
+    world.group()
+    world.settle()
+    world.receive(Face.CLIENTS, client.peer, Submit(requests=(request(1),)))
+    world.feed(PeerLost(Face.CLIENTS, client.peer))
+    actions = world.broker.handle(TurnEnd(), world.now)
+    assert not any(isinstance(action, Send) and action.face is Face.CLIENTS for action in actions)

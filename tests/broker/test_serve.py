@@ -331,3 +331,12 @@ def test_silent_clients_are_forgotten(run_dir):
                 break
             peer.socket.poll(100, zmq.POLLIN)
         assert not serving.server.core.delivery.connections
+
+
+def test_a_broker_that_stays_awake_serves_keeps_time_and_ends(run_dir):
+    """It looks at its sockets all the time; ticks come, streams flow, and `Serving` sees it end."""
+    with Serving(*PLACES["ipc"](run_dir), awake=PATIENCE) as serving, FakeGroup(serving.workers) as group:
+        assert [ask(serving.clients, n) for n in (7, 8)] == [text(7), text(8)]
+        group.kill()
+        with FakeGroup(serving.workers, name="other"):
+            assert ask(serving.clients, 9) == text(9)

@@ -190,3 +190,19 @@ def test_the_size_of_a_wish_tells_long_ones():
     assert Wish(token_ids=[1] * 1000).size == 1000
     assert Wish(messages=[{"role": "user", "content": "x" * 1000}]).size > 1000
     assert Wish(messages=5).size == Wish(token_ids=5).size + 1  # nonsense is found out when it is prepared
+
+
+def test_a_prompt_is_the_callers_no_more_once_it_was_given():
+    ids = [65, 66]
+    request = prepared(token_ids=ids)
+    ids.append(67)
+    assert list(request.prompt) == [65, 66]
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, "1", None, -1, VOCAB_SIZE])
+@pytest.mark.parametrize("place", [0, 300])
+def test_one_wrong_id_among_many_is_found_and_named(wrong, place):
+    ids = [65] * 400
+    ids[place] = wrong
+    with pytest.raises(InvalidRequestError, match=rf"token_ids\[{place}\] is {wrong!r}"):
+        prepared(token_ids=ids)

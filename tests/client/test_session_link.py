@@ -9,6 +9,7 @@ from headrace.errors import (
 from headrace.messages import (
     Cancel,
     Hello,
+    Ping,
     Submit,
     Welcome,
 )
@@ -121,3 +122,15 @@ def test_an_idle_connection_whose_broker_is_gone_is_found_out():
     talk.start(2)
     talk.wait(4.1, broker=False)
     assert talk.link is Link.BACKOFF
+
+
+def test_a_request_on_a_good_connection_is_all_that_is_said_at_first():
+    """Its answer shows that the broker lives; after a second without one, a ping asks."""
+    talk = Talk()
+    id = talk.greet()
+    talk.run(id, 0, 8)
+    talk.done(id, 8)
+    talk.wait(30)
+    assert [type(message) for message in talk.start(ticket=2)] == [Submit]
+    assert talk.wait(0.8) == []
+    assert [type(message) for message in talk.wait(0.4)] == [Ping]

@@ -389,3 +389,37 @@ def test_internal_errors_keep_their_type():
     with pytest.raises(InternalError, match="leader of the group is gone"):
         follow(FakeEngine(), reader)
     reader.close()
+
+
+def test_who_stays_awake_does_not_sleep_between_two_requests(broker):
+    with leading(broker, awake=LIMIT) as leader:
+        poll, sleeps = leader.loop._poller.poll, []
+
+        def watched(timeout):
+            sleeps.append(timeout)
+            return poll(timeout)
+
+        broker.assign(max_tokens=2)
+        broker.take(Done)
+        leader.loop._poller.poll = watched
+        broker.take(Heartbeat)  # awake, but not deaf to the clock
+        broker.assign(request=b"b" * 16, max_tokens=2)
+        broker.take(Done)
+        assert set(sleeps) == {0}
+
+
+def test_without_being_told_to_it_sleeps_at_once(broker):
+    with leading(broker) as leader:
+        poll, sleeps = leader.loop._poller.poll, []
+
+        def watched(timeout):
+            sleeps.append(timeout)
+            return poll(timeout)
+
+        broker.assign(max_tokens=2)
+        broker.take(Done)
+        leader.loop._poller.poll = watched
+        broker.take(Heartbeat)
+        broker.take(Heartbeat)
+        assert 0 < len(sleeps) < 20
+        assert any(sleeps)

@@ -9,7 +9,7 @@ import pytest
 
 from headrace.errors import ConfigError
 from headrace.workers import rank_threads
-from headrace.workers.rank_threads import cores, share_of, use_threads
+from headrace.workers.rank_threads import cores, share_of, time_awake, use_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,3 +126,19 @@ print(torch.get_num_threads())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "available", "awake"),
+    [
+        ("auto", ["nvidia0", "nvidiactl"], 16, True),
+        ("cuda:1", ["nvidia0", "nvidia1"], 8, True),
+        ("auto", ["nvidia0"], 7, False),  # nobody's core is to spare
+        ("cpu", ["nvidia0"], 16, False),
+        ("auto", ["nvidiactl", "null"], 16, False),  # a driver without a GPU
+    ],
+)
+def test_who_waits_for_a_gpu_stays_awake_if_there_are_cores_for_it(device, devices, available, awake, tmp_path):
+    for name in devices:
+        (tmp_path / name).touch()
+    assert (time_awake(device, available=available, dev=tmp_path) > 0) is awake
