@@ -67,7 +67,7 @@ class StepGraphs:
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """Within, each graph is replayed once, and what came of it is the result of all that it would compute."""
+        """Within, each graph is replayed once; of what it would compute after that come zeros."""
         self._once = set()
         try:
             yield
@@ -87,7 +87,11 @@ class StepGraphs:
 
     def _replay(self, kind: StaticStep, size: int) -> Computed:
         graph, computed = self._graphs[kind, size]
-        if self._once is None or (kind, size) not in self._once:
+        if self._once is not None and (kind, size) in self._once:
+            # Graphs share their memory, so what another left there may be no tokens.
+            computed.logits.zero_()
+            computed.tokens.zero_()
+        else:
             graph.replay()
         if self._once is not None:
             self._once.add((kind, size))
