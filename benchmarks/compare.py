@@ -4,6 +4,7 @@
     first token   of one request after the other, nothing else running; through the pool at most 2 ms later
 
 Both run the same engine with the same settings, one after the other, so neither takes memory or cores from the other.
+Before each single request both are idle for the same time, for what idles is slower: cores, and a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ KEPT = 0.97  # of the throughput in process
 MOST_ADDED_MS = 2.0  # to the first token
 
 _SINGLES = 20
+_IDLE = 0.01  # seconds before each of them
 
 
 def compare(session: Session, source: Source, *, requests: int, prompt_tokens: int, output_tokens: int) -> None:
@@ -42,7 +44,7 @@ def compare(session: Session, source: Source, *, requests: int, prompt_tokens: i
         output_tokens=output_tokens,
         alone=True,
     )
-    single = replace(together, measure="latency", batch=1, output_tokens=1, rounds=_SINGLES)
+    single = replace(together, measure="latency", batch=1, output_tokens=1, rounds=_SINGLES, pause=_IDLE)
     session.compare([together, single])
     inside = [row.value(session.ours) for row in session.report.rows[before:]]
     if len(inside) < 2 or None in inside:
@@ -102,8 +104,8 @@ async def _through(
         async def singles(count: int, at: int) -> list[Served]:
             served = []
             for prompt in prompts(count, prompt_tokens, vocab_size, seed + at):
+                await asyncio.sleep(_IDLE)
                 served += await run_load(one, [prompt], [0.0], output_tokens=1)
-                await asyncio.sleep(0.01)
             return served
 
         await singles(3, 1)

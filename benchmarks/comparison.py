@@ -241,6 +241,7 @@ class Comparison:
 
     def _round(self, runner: _Runner, measure: Measure, case: Case, model: dict[str, Any], number: int) -> Timeline:
         prompts = self._prompts(case, model, number)
+        time.sleep(case.pause)
         return Timeline(**runner.ask(measure.task, prompts=prompts, output_tokens=case.output_tokens))
 
     def _prompts(self, case: Case, model: dict[str, Any], number: int) -> dict[str, int]:

@@ -27,6 +27,7 @@ class Case:
         output_tokens: of each.
         rounds: that are timed.
         alone: whether ours is measured without its peers.
+        pause: seconds that nothing happens before each round.
     """
 
     measure: str
@@ -36,6 +37,7 @@ class Case:
     output_tokens: int
     rounds: int = 1
     alone: bool = False
+    pause: float = 0.0
 
     @property
     def length(self) -> int:

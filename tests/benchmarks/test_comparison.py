@@ -71,7 +71,7 @@ def compared(monkeypatch):
     settings = {"device": "cpu", "threads": 1}
     under_test = Comparison(Surveyor(), report, peers=["vllm"], settings=settings)
 
-    def run(name, *batches, alone=False):
+    def run(name, *batches, alone=False, **more):
         source = Source(name=name, shape="tiny")
         under_test.run(
             [
@@ -82,6 +82,7 @@ def compared(monkeypatch):
                     prompt_tokens=5,
                     output_tokens=6,
                     alone=alone,
+                    **more,
                 )
                 for batch in batches
             ]
@@ -116,3 +117,10 @@ def test_ours_alone(compared):
     [row] = compared("tiny", 2, alone=True)
 
     assert list(row.figures) == ["headrace"]
+
+
+def test_a_pause_comes_before_each_round(compared, monkeypatch):
+    slept = []
+    monkeypatch.setattr(comparison.time, "sleep", slept.append)
+    compared("tiny", 2, alone=True, rounds=3, pause=0.25)
+    assert slept.count(0.25) == 1 + 3, "one round is not timed"
