@@ -77,6 +77,7 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "norm",
         "paged_attention",
         "place",
+        "pool",
         "rotate_and_attend",
         "rotate_and_cache",
         "share_norm",
