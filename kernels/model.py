@@ -60,7 +60,7 @@ class Model(nn.Module):
         # On the meta device nothing is allocated or initialized: every weight is about to be read from a file.
         with torch.device("meta"):
             self._build(spec)
-        # Not `to_empty`: on its way from the meta device torch imports its symbolic shapes, a second of every start.
+        # Not `to_empty`: on its way from the meta device torch imports its symbolic shapes: a quarter of a second here.
         self._apply(lambda blank: torch.empty(blank.shape, dtype=dtype, device=device))  # type: ignore[no-untyped-call]
         self.requires_grad_(False)
         if spec.head is not None and spec.head.tied:
