@@ -12,8 +12,9 @@ from torch import Tensor
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.chain_triton import chained
 from headrace.kernels.ops.gemv_triton import gemv
-from headrace.kernels.ops.keep_launch import Kept, launch_keep
+from headrace.kernels.ops.keep_launch import launch_keep
 from headrace.kernels.ops.linear import product
+from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.ops.skinny_triton import skinny
@@ -87,10 +88,10 @@ def run(
     x = x if x.stride(1) == 1 else x.contiguous()
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
-    out = torch.empty((len(x), len(weight) // (2 if gated else 1)), dtype=x.dtype, device=x.device)
     if tiles.kernel == "keep":
-        launch_keep(tiles, x, Kept(weight, bias, before, activation, gated, out), residual=residual)
-    elif tiles.kernel == "gemv":
+        return launch_keep(tiles, x, Projection(weight, bias, before, None, activation, gated), residual=residual)[0]
+    out = torch.empty((len(x), len(weight) // (2 if gated else 1)), dtype=x.dtype, device=x.device)
+    if tiles.kernel == "gemv":
         _gemv(tiles, x, weight, bias, before, folded, activation, gated, residual, out)
     else:
         _skinny(tiles, x, weight, bias, activation, gated, residual, out)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headrace.kernels.ops.chain_triton import chained
 from headrace.kernels.ops.gemv_two_triton import gemv_both, gemv_sum
-from headrace.kernels.ops.keep_launch import Kept, launch_keep
+from headrace.kernels.ops.keep_launch import launch_keep
 from headrace.kernels.ops.linear_triton import linear, norms, tiles_of
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.math_triton import OPTIONS
@@ -31,11 +31,11 @@ def linear_both(x: Tensor, first: Projection, second: Projection) -> tuple[Tenso
     if tiles is None or not _have_one_norm(tiles, first, second):
         return linear(x, **first._asdict()), linear(x, **second._asdict())
     x = _in_rows(x)
+    if tiles.kernel == "keep":
+        out, other_out = launch_keep(tiles, x, first, second)
+        return out, other_out
     sizes = [len(part.weight) // (2 if part.gated else 1) for part in (first, second)]
     out, other_out = (torch.empty((len(x), size), dtype=x.dtype, device=x.device) for size in sizes)
-    if tiles.kernel == "keep":
-        launch_keep(tiles, x, _kept(first, out), _kept(second, other_out))
-        return out, other_out
     spec = None if first.before is None else first.before.spec
     gemv_both[(sum(triton.cdiv(size, tiles.block_n) for size in sizes),)](
         x,
@@ -118,10 +118,6 @@ def _have_one_norm(tiles: Tiles, first: Projection, second: Projection) -> bool:
 
 def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _kept(part: Projection, out: Tensor) -> Kept:
-    return Kept(part.weight, part.bias, part.before, part.activation, part.gated, out)
 
 
 def _arguments(part: Projection) -> tuple[Tensor | None, ...]:
