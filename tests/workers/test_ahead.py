@@ -1,4 +1,4 @@
-"""What is rehearsed before the weights are there is what is launched once they are.."""
+"""What is rehearsed before the weights are there is what is launched once they are."""
 
 from __future__ import annotations
 
