@@ -51,17 +51,16 @@ class BlockManager:
     def allocate(self, count: int) -> list[int]:
         """Hold `count` blocks of no content, evicting parked ones if need be; the caller checked `num_available`."""
         assert count <= self.num_available, f"{count} blocks wanted, {self.num_available} available"
-        blocks = []
-        for _ in range(count):
-            block = self._free.pop() if self._free else self._evict()
+        kept = len(self._free) - min(count, len(self._free))
+        blocks = self._free[kept:][::-1]
+        del self._free[kept:]
+        if missing := count - len(blocks):
+            assert self._cache is not None
+            blocks += [self._cache.evict() for _ in range(missing)]
+        for block in blocks:
             assert self._holders[block] == 0, f"block {block} is in use"
             self._holders[block] = 1
-            blocks.append(block)
         return blocks
-
-    def _evict(self) -> int:
-        assert self._cache is not None
-        return self._cache.evict()
 
     def release(self, blocks: list[int]) -> None:
         """Give up a sequence's blocks; the deepest goes first, so that beginnings outlive endings."""

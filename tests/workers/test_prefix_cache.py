@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from headrace.workers.prefix_cache import PrefixCache, block_digest, root_digest
@@ -40,6 +42,21 @@ def test_eviction_forgets_the_block_parked_longest():
     assert [cache.evict(), cache.evict(), cache.evict()] == [2, 3, 1]
     assert cache.match([b"a"]) == []
     cache.validate()
+
+
+def test_eviction_does_not_slow_down_with_those_before_it():
+    # The first key of a plain dict is found behind the places of all that were taken before: in a full cache of 50,000
+    # blocks a prompt of 8,192 tokens waited 15 ms for its blocks.
+    cache = PrefixCache()
+    for block in range(20_000):
+        cache.publish(block, block.to_bytes(4, "little"))
+        cache.park(block)
+    times = []
+    for first in range(0, 20_000, 1_000):
+        started = time.perf_counter()
+        assert [cache.evict() for _ in range(1_000)] == list(range(first, first + 1_000))
+        times.append(time.perf_counter() - started)
+    assert min(times[-5:]) < 5 * min(times[:5]), "the last took far longer than the first"
 
 
 def test_misuse_is_caught():
