@@ -201,9 +201,10 @@ class Engine:
     def _read(self, result: StepResult) -> None:
         """Take the tokens of the oldest step that was launched; this waits for it."""
         choices, filled = self._launched.popleft()
+        # While it computes: what filled the blocks was known to the host when the step before it had been read.
+        self._scheduler.publish(filled)
         chosen = choices.read()
         self._steps += 1
-        self._scheduler.publish(filled)
         for choice in chosen:
             # A stream may have ended, or been dropped, since the step was launched.
             if self._sequences.get(_key(choice.sequence)) is choice.sequence:

@@ -8,6 +8,8 @@ import pytest
 
 from headrace.messages import StreamId
 from headrace.workers import engines
+from headrace.workers.sampler import Choices
+from headrace.workers.scheduler import Scheduler
 from tests.support.engines import assign, run
 from tests.support.tiny_models import save_model
 from tests.workers import test_engine
@@ -53,6 +55,20 @@ def test_a_step_is_on_its_way_while_the_one_before_is_read(one):
     assert [finish.reason for finish in last.finishes] == ["length"]
     assert engine.steps == 3
     assert not engine.has_work
+
+
+def test_blocks_are_published_while_a_step_computes(one, monkeypatch):
+    engine, order = load(one[1]), []
+    for kind, name in ((Scheduler, "publish"), (Choices, "read")):
+        original = getattr(kind, name)
+
+        def noted(self, *args, _call=original, _name=name):
+            order.append(_name)
+            return _call(self, *args)
+
+        monkeypatch.setattr(kind, name, noted)
+    generate(engine, PROMPTS, max_tokens=STEPS)
+    assert order == ["publish", "read"] * engine.steps
 
 
 def test_what_was_launched_after_an_end_is_dropped_and_its_memory_serves_others(one):
