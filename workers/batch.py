@@ -115,10 +115,14 @@ class BatchBuilder:
         return ids
 
     def _slots(self, tables: _Tables, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        blocks: np.ndarray = tables.blocks[rows, positions // self._block_size].astype(np.int64)
-        blocks *= self._block_size
-        blocks += positions % self._block_size
-        return blocks
+        # Of the thousands of tokens of a prompt, remainders and two indexes would take three times as long.
+        indexes = positions // self._block_size
+        places = rows * tables.blocks.shape[1] + indexes
+        slots: np.ndarray = tables.blocks.reshape(-1).take(places).astype(np.int64)
+        slots -= indexes
+        slots *= self._block_size
+        slots += positions
+        return slots
 
     def _table(self, tables: _Tables, rows: np.ndarray, contexts: Items[int]) -> torch.Tensor:
         return self._tensor(tables.blocks[rows, : -(-max(contexts) // self._block_size)])
