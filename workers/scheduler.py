@@ -19,6 +19,7 @@ import math
 from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from headrace.errors import ContextLengthError
@@ -100,6 +101,7 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._computing: dict[bytes, int] = {}  # digests of blocks that running prompts will publish
         self._promised = [range(0)] * max_num_seqs  # by row: indexes of those blocks
+        self._unnoted: list[Sequence] = []  # promised, but not in `_computing` yet
         self._arrivals = 0
         self._next_deadline = math.inf
 
@@ -184,12 +186,12 @@ class Scheduler:
         position = 0
         while settled and budget and position < len(self._waiting) and self._free_rows:
             sequence = self._waiting[position]
-            digests = self._lookup(sequence)
             if len(sequence.source) > budget and (decodes or prompts or encodes):
                 break
-            if self._worth_waiting(sequence, digests):
+            matched = self._match(sequence)
+            if self._worth_waiting(sequence, len(matched)):
                 position += 1
-            elif self._admit(sequence, digests):
+            elif self._admit(sequence, matched):
                 if sequence.source:
                     encodes.append(sequence)
                     budget = max(1, budget - len(sequence.source))
@@ -202,6 +204,7 @@ class Scheduler:
 
     def advance(self, plan: Plan) -> list[Filled]:
         """The step is on its way: count its tokens. Returns what is to be published once it was computed."""
+        self._note_promises()
         filled = []
         for sequence, count in plan.chunks:
             start = sequence.num_computed // self.block_size
@@ -271,27 +274,25 @@ class Scheduler:
 
     # --------------------------------------------------------------------------------------------------- admission
 
-    def _lookup(self, sequence: Sequence) -> list[bytes]:
-        """Digests of the blocks a cache may supply; the last token is always computed, for its logits."""
-        if not self._prefix_cache:
-            return []
-        return sequence.digests((sequence.num_tokens - 1) // self.block_size, self.block_size)
+    def _num_lookups(self, sequence: Sequence) -> int:
+        """Blocks that a cache may supply; the last token is always computed, for its logits."""
+        return (sequence.num_tokens - 1) // self.block_size if self._prefix_cache else 0
 
-    def _worth_waiting(self, sequence: Sequence, digests: list[bytes]) -> bool:
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Those that it does supply."""
+        return self.blocks.match(sequence.each_digest(self._num_lookups(sequence), self.block_size))
+
+    def _worth_waiting(self, sequence: Sequence, matched: int) -> bool:
         """Whether a running prompt is about to publish most of what this one would compute (n > 1, shared system
         prompts): computing it twice would take longer than the wait."""
-        matched = len(self.blocks.match(digests))
-        coming = 0
-        for digest in digests[matched:]:
-            if digest not in self._computing:
-                break
-            coming += 1
+        self._note_promises()
+        digests = sequence.each_digest(self._num_lookups(sequence), self.block_size)
+        coming = sum(1 for _ in takewhile(self._computing.__contains__, islice(digests, matched, None)))
         return 2 * coming * self.block_size >= sequence.num_tokens - matched * self.block_size
 
-    def _admit(self, sequence: Sequence, digests: list[bytes]) -> bool:
-        """Start a waiting sequence if blocks for all its known tokens are there."""
+    def _admit(self, sequence: Sequence, matched: list[int]) -> bool:
+        """Start a waiting sequence, which shares some blocks, if blocks for all its known tokens are there."""
         assert not sequence.num_expected, "what it is to compute must be known"
-        matched = self.blocks.match(digests)
         missing = self._num_blocks(sequence) - len(matched)
         num_source_blocks = self._num_source_blocks(sequence)
         # One spare block for each running sequence: entering only to be preempted by the next block is work lost.
@@ -311,17 +312,22 @@ class Scheduler:
         sequence.row = self._free_rows.pop()
         self._waiting.remove(sequence)
         insort(self._running, sequence, key=_arrival)
-        self._promise(sequence, digests, len(matched))
+        self._promised[sequence.row] = range(len(matched), self._num_lookups(sequence))
+        self._unnoted.append(sequence)
         return True
 
-    def _promise(self, sequence: Sequence, digests: list[bytes], start: int) -> None:
-        """Remember what this prompt will publish, for `_worth_waiting`."""
-        self._promised[sequence.row] = range(start, len(digests))
-        for digest in digests[start:]:
-            self._computing[digest] = self._computing.get(digest, 0) + 1
+    def _note_promises(self) -> None:
+        """Remember what prompts that were let in will publish, for `_worth_waiting`. A prompt that nobody waits behind
+        is launched first."""
+        for sequence in self._unnoted:
+            promised = self._promised[sequence.row]
+            for digest in sequence.digests(promised.stop, self.block_size)[promised.start :]:
+                self._computing[digest] = self._computing.get(digest, 0) + 1
+        self._unnoted.clear()
 
     def _settle(self, sequence: Sequence, stop: int) -> None:
         """Promises of blocks before `stop` were kept, or will not be."""
+        self._note_promises()
         promised = self._promised[sequence.row]
         stop = min(stop, promised.stop)
         if stop <= promised.start:
@@ -350,7 +356,8 @@ class Scheduler:
             assert 0 <= sequence.num_computed < sequence.num_tokens, f"{sequence} has nothing to compute"
             assert len(sequence.blocks) * self.block_size >= sequence.num_computed, f"{sequence} lacks blocks"
             assert len(sequence.source_blocks) == self._num_source_blocks(sequence), f"{sequence} lacks its source"
-        promised = sum(len(self._promised[sequence.row]) for sequence in self._running)
+        noted = [sequence for sequence in self._running if sequence not in self._unnoted]
+        promised = sum(len(self._promised[sequence.row]) for sequence in noted)
         assert promised == sum(self._computing.values()), "promised blocks leaked"
 
 

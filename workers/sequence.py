@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 from headrace.messages import StreamId
 from headrace.sampling import SamplingParams
 from headrace.workers.prefix_cache import block_digest
 
 __all__ = ["Sequence"]
+
+_DIGESTS_AHEAD = 16
 
 
 class Sequence:
@@ -149,3 +152,10 @@ class Sequence:
                 parent = block_digest(parent, tokens[start : start + size])
                 self._digests.append(parent)
         return self._digests[:count]
+
+    def each_digest(self, count: int, block_size: int) -> Iterator[bytes]:
+        """The same one after the other: few more are computed than are asked for."""
+        for index in range(count):
+            if index == len(self._digests):
+                self.digests(min(count, index + _DIGESTS_AHEAD), block_size)
+            yield self._digests[index]
