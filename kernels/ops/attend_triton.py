@@ -22,6 +22,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
+from headrace.kernels.ops.hopper import attend_as_hopper, hopper_can_attend
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.scores_triton import WIDE_DOTS, absorb, added_tensors, scores_of, slopes_of
 from headrace.kernels.spec import AttentionSpec
@@ -84,6 +85,9 @@ def attend(
     assert q_thd.stride(1) == keys.stride(1) == values.stride(1) == spec.head_dim
     assert keys.stride(0) == values.stride(0)
     assert spec.scale > 0
+    if paged and hopper_can_attend(q_thd, keys, values, batch, spec, first_sequence=first_sequence):
+        attend_as_hopper(q_thd, keys, values, out, batch, spec, first_sequence=first_sequence)
+        return
     heads = min(group, _MOST_PACKED_HEADS)
     head_tiles = triton.cdiv(group, heads)
     all_rows = spec.num_kv_heads * head_tiles * heads * (len(q_thd) - first_sequence)

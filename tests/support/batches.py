@@ -23,12 +23,12 @@ def make_batch(
 ) -> Batch:
     """Sequences of (queries, context); past a context the block table points to the last block, which is somebody's.
 
-    Each of up to eight `rows` (by default the first ones) has blocks of its own, shuffled over the cache, the same in
-    every call, so that later calls continue the sequences of earlier ones.
+    Each of `rows` (by default the first ones), which are up to eight, or more if one is named, has blocks of its own,
+    shuffled over the cache, the same in every call, so that later calls continue the sequences of earlier ones.
     """
     rows = range(len(lens)) if rows is None else rows
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).tolist()
-    share = num_blocks // 8
+    share = num_blocks // max(8, 1 + max(rows))
     longest = max(-(-context // block_size) for _, context in lens)
     tables = torch.full((len(lens), longest), num_blocks - 1, dtype=torch.int32)
     positions: list[int] = []
