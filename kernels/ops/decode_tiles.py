@@ -16,6 +16,8 @@ MOST_SPLITS = 32  # parts of one context; more cost more to join than they save
 
 _FEW = 66  # programs, half of the processors of the largest GPUs
 _WANTED_OF_FEW = 264  # of which there is room for two on a processor
+_SOME = 198  # programs, up to which contexts are still cut into two parts of large tiles, or more
+_WANTED_OF_SOME = 396
 _WANTED_OF_MANY = 528
 
 # Keys of a tile, warps and stages by bytes of a value and padded head size. Exact products of float32 are not for
@@ -28,6 +30,7 @@ _OF_FEW = {
     (4, 128): (32, 8),
     (4, 256): (32, 8),
 }
+_OF_SOME = {(2, 128): (64, 4, 3)}  # 1 % less of a layer of Llama-8B at batch 16 than small tiles in four parts
 _OF_MANY = {
     (2, 64): (64, 4, 4),
     (2, 128): (32, 4, 4),
@@ -72,6 +75,9 @@ def decode_tiles(itemsize: int, dims: int, heads: int, programs: int, capacity: 
     if programs <= _FEW:
         columns, warps = _OF_FEW[key]
         return DecodeTiles(columns, warps, 1, True, _splits(_WANTED_OF_FEW // programs, capacity, columns))
+    if programs <= _SOME and key in _OF_SOME:
+        columns, warps, stages = _OF_SOME[key]
+        return DecodeTiles(columns, warps, stages, False, _splits(_WANTED_OF_SOME // programs, capacity, columns))
     columns, warps, stages = (_OF_MANY | (_OF_MANY_SINGLE if heads == 1 else {}))[key]
     return DecodeTiles(columns, warps, stages, False, _splits(_WANTED_OF_MANY // programs, capacity, columns))
 

@@ -157,7 +157,7 @@ def test_what_is_not_a_number_stays_in_its_own_sequence(kernels: Kernels, case):
 
 @pytest.mark.parametrize(
     ("programs", "capacity", "expected"),
-    [(8, 131072, 32), (8, 128, 2), (64, 131072, 4), (128, 131072, 4), (300, 131072, 1), (1, 1, 1)],
+    [(8, 131072, 32), (8, 128, 2), (64, 131072, 4), (128, 131072, 3), (240, 131072, 2), (300, 131072, 1), (1, 1, 1)],
 )
 def test_contexts_are_cut_to_fill_a_gpu_but_no_finer_than_their_tiles(programs, capacity, expected):
     assert decode_tiles(2, 128, 4, programs, capacity).splits == expected
