@@ -158,6 +158,8 @@ def _traits(value: Any) -> Any:
     """All of an argument that a kernel may be compiled for."""
     if hasattr(value, "data_ptr"):
         return value.dtype, value.data_ptr() % 16
+    if hasattr(value, "block_shape"):  # a tensor as the hardware copies it, whose size makes no difference
+        return _traits(value.base), tuple(value.block_shape), repr(getattr(value, "layout", None))
     if isinstance(value, tuple):
         return tuple(map(_traits, value))
     return type(value), value

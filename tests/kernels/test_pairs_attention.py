@@ -192,7 +192,7 @@ def test_queries_may_be_part_of_a_wider_tensor(kernels: Kernels, case):
 def test_full_attention(kernels: Kernels, case):
     dtype, heads, extra, lens = case
     spec = dataclasses.replace(make_spec(heads, extra), causal=False)
-    batch = make_batch([(length, length) for length in lens], num_blocks=512)
+    batch = make_batch([(length, length) for length in lens], num_blocks=2048)
     qkv = torch.randn(sum(lens), spec.qkv_size).to(dtype)
     table = torch.randn(32, spec.num_heads).to(dtype) if spec.relative else None
     expected = full_attention(qkv.float(), batch, spec, None if table is None else table.float())

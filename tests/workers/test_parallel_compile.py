@@ -26,6 +26,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from tests.support.driverless import driverless  # noqa: E402
 
@@ -39,6 +40,11 @@ OPTIONS = {"enable_fp_fusion": True, "launch_pdl": True}
 def _scale(x, out, factor, size: tl.constexpr):
     place = tl.arange(0, size)
     tl.store(out + place, tl.load(x + place) * factor)
+
+
+def _copy(x, out, box: tl.constexpr):
+    tile = x.load([0, 0])
+    tl.store(out + tl.arange(0, box)[:, None] * 64 + tl.arange(0, 16)[None, :], tile)
 
 
 def _broken(x, size: tl.constexpr):
@@ -80,7 +86,7 @@ def test_all_of_this_in_a_process_that_compiles():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "15 passed, 1 skipped" in ran.stdout
+    assert "16 passed, 1 skipped" in ran.stdout
 
 
 @compiled
@@ -97,6 +103,21 @@ def test_launches_find_what_was_compiled_ahead(gpu):
     total = compiled_ahead()
     assert (total.kernels, total.threads) == (4, 2)
     assert total.seconds > 0
+
+
+@compiled
+def test_descriptors_are_alike_if_what_they_copy_at_once_is(gpu):
+    kernel, x = JITFunction(_copy), torch.zeros(64, 64)
+
+    def steps():
+        for height, box in ((64, 16), (32, 16), (64, 32)):
+            kernel[(1,)](TensorDescriptor.from_tensor(x[:height], [box, 16]), x, box, **OPTIONS)
+
+    assert compile_ahead(steps, CPU) == 2
+    before = compilations()
+    steps()
+    assert compilations() == before
+    assert gpu.launched == ["_copy"] * 3
 
 
 @compiled
