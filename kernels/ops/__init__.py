@@ -5,7 +5,7 @@
     pair.py        joins the two and picks by device, which nothing else does
 
 `attend_triton.py` and `decode_triton.py` are the kernels of all attentions, for many queries of a sequence and for one,
-and `decode_tiles.py` says how the latter is cut; on Hopper GPUs `hopper.py` takes the place of the former for many
+and `decode_tiles.py` says how the latter is cut; on Hopper GPUs `hopper_launch.py` takes the place of the former for many
 queries whose heads have 128 values, in Gluon (`hopper_triton.py`, `hopper_load_triton.py`). `gemv_triton.py`,
 `keep_triton.py` and `skinny_triton.py` are those of `linear` for few rows, for more it calls cuBLAS;
 `gemv_two_triton.py` are those of two products in one launch (`linears.py`), which `keep_triton.py` computes too. Of

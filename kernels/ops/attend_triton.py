@@ -22,7 +22,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
-from headrace.kernels.ops.hopper import attend_as_hopper, hopper_can_attend
+from headrace.kernels.ops.hopper_launch import attend_as_hopper, hopper_can_attend
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.scores_triton import WIDE_DOTS, absorb, added_tensors, scores_of, slopes_of
 from headrace.kernels.spec import AttentionSpec

@@ -57,7 +57,7 @@ def attend_on_hopper(
     REGISTERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Tiles of GROUPS * ROWS rows; `q`, `keys` and `values` are descriptors (`headrace.kernels.ops.hopper`)."""
+    """Tiles of GROUPS * ROWS rows; `q`, `keys` and `values` are descriptors (`headrace.kernels.ops.hopper_launch`)."""
     gl.static_assert(num_warps == 4)
     dtype: gl.constexpr = keys.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)

@@ -14,7 +14,7 @@ from itertools import product
 import pytest
 import torch
 
-from headrace.kernels.ops import hopper
+from headrace.kernels.ops import hopper_launch as hopper
 from headrace.kernels.ops.attention import paged_attention
 from tests.kernels.test_pairs_attention import EXTRAS, LENS, check, make_cache, make_spec
 from tests.support.batches import make_batch
@@ -75,7 +75,7 @@ def test_it_is_for_hopper_gpus_with_enough_to_do(monkeypatch):
 _COMPILE = """
 import sys
 import torch
-from headrace.kernels.ops import hopper
+from headrace.kernels.ops import hopper_launch as hopper
 from headrace.workers.parallel_compile import compile_ahead
 from tests.kernels.test_pairs_attention import make_spec
 from tests.support.batches import make_batch

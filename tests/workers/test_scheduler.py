@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from headrace.errors import ContextLengthError
 from headrace.messages import StreamId
 from headrace.sampling import SamplingParams
-from headrace.workers import sequence as sequence_module
-from headrace.workers.prefix_cache import block_digest
 from headrace.workers.scheduler import Filled, Plan, Scheduler
 from headrace.workers.sequence import Sequence
 
@@ -270,28 +268,6 @@ def test_equal_prompts_are_computed_once_even_when_they_arrive_together():
     # 21 tokens once, then one block is not shared: its last token is computed for the logits.
     assert sum(count for _, count in machine.plans[0]) == 21
     assert sorted(count for _, count in machine.plans[1]) == [1, 1, 1, 1]
-
-
-def test_a_prompt_is_launched_before_what_others_may_wait_for_is_computed(monkeypatch):
-    computed = []
-
-    def digest(*parts):
-        computed.append(parts)
-        return block_digest(*parts)
-
-    monkeypatch.setattr(sequence_module, "block_digest", digest)
-    scheduler = make_scheduler(num_blocks=256, max_batch_tokens=512, max_model_len=512)
-    first, second = (make_sequence(index, list(range(401)), 2) for index in range(2))
-    scheduler.add(first)
-    plan = scheduler.schedule()
-    assert plan.num_tokens == 401
-    assert 0 < len(computed) < 20, "the first of them is not there, so none is"
-    scheduler.advance(plan)
-    first.expect()
-    scheduler.validate()
-    assert len(computed) == 100
-    scheduler.add(second)
-    assert [chunk.sequence for chunk in scheduler.schedule().chunks] == [first], "the second knows, and waits"
 
 
 def test_a_prompt_does_not_wait_for_a_small_shared_beginning():
