@@ -7,6 +7,7 @@ arithmetic on whole arrays, so the cost hardly grows with the number of tokens.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Sequence as Items
 from itertools import accumulate
 
@@ -15,11 +16,12 @@ import torch
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.placement import EXPECTED
-from headrace.workers.device import upload
+from headrace.workers.device import Parcel, upload_all
+from headrace.workers.layout import Part
 from headrace.workers.scheduler import Chunk
 from headrace.workers.sequence import Sequence
 
-__all__ = ["BatchBuilder", "BlockNews", "chunk_tokens", "next_input", "whole_texts", "with_expected"]
+__all__ = ["BatchBuilder", "BlockNews", "chunk_tokens", "next_input", "read_texts", "whole_texts", "with_expected"]
 
 
 class BatchBuilder:
@@ -41,49 +43,69 @@ class BatchBuilder:
 
     def build(self, chunks: Items[Chunk]) -> Batch:
         """The batch of a plan's chunks; call it before the next plan changes the sequences."""
-        for sequence, _ in chunks:
-            self._tables.show(sequence.row, sequence.blocks)
         lens = [chunk.num_tokens for chunk in chunks]
-        computed = [chunk.sequence.num_computed for chunk in chunks]
-        contexts = tuple(have + new for have, new in zip(computed, lens, strict=True))
-        starts = [0, *accumulate(lens)]
+        contexts = tuple(chunk.sequence.num_computed + length for chunk, length in zip(chunks, lens, strict=True))
+        sources = tuple(len(chunk.sequence.source) for chunk in chunks)
         num_decodes = sum(length == 1 for length in lens)
         assert all(length == 1 for length in lens[:num_decodes]), "decodes come first"
 
-        rows = np.array([chunk.sequence.row for chunk in chunks])
-        token_ids = np.empty(starts[-1], dtype=np.int64)
-        chunk_tokens(chunks, token_ids)
-        if num_decodes == len(chunks):
-            positions, row_of = np.array(computed), rows
-        else:
-            shift = np.array(computed) - np.array(starts[:-1])
-            positions, row_of = np.arange(starts[-1]) + np.repeat(shift, lens), np.repeat(rows, lens)
-        logits_rows = [start - 1 for chunk, start in zip(chunks, starts[1:], strict=True) if chunk.samples]
-        all_sample = len(logits_rows) == starts[-1]
+        token_ids, positions, slots, logits_rows, starts, context_lens, table, rows, *cross = self._brought(
+            chunks, lens, contexts, sources
+        )
         batch = Batch(
-            token_ids=self._token_ids(token_ids, rows[:num_decodes]),
-            positions=self._tensor(positions),
-            slots=self._tensor(self._slots(self._tables, row_of, positions)),
-            query_starts=self._tensor(np.array(starts, dtype=np.int32)),
-            context_lens=self._tensor(np.array(contexts, dtype=np.int32)),
-            block_tables=self._table(self._tables, rows, contexts),
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            query_starts=starts,
+            context_lens=context_lens,
+            block_tables=table,
             num_decodes=num_decodes,
             query_lens=tuple(lens),
             context_lens_host=contexts,
-            logits_rows=None if all_sample else self._tensor(np.array(logits_rows, dtype=np.int64)),
+            logits_rows=None if len(logits_rows) == len(token_ids) else logits_rows,
             block_size=self._block_size,
         )
-        if not chunks[0].sequence.source:
+        if any(chunk.sequence.num_expected for chunk in chunks[:num_decodes]):
+            decodes = token_ids[:num_decodes]
+            decodes.copy_(with_expected(decodes, self._last_tokens, rows[:num_decodes]))
+        if not cross:
             return batch
-        sources = tuple(len(chunk.sequence.source) for chunk in chunks)
-        cross = dataclasses.replace(
-            batch,
-            context_lens=self._tensor(np.array(sources, dtype=np.int32)),
-            block_tables=self._table(self._source_tables, rows, sources),
-            context_lens_host=sources,
-            _shared={},
+        lens_of_sources, source_table = cross
+        of_sources = dataclasses.replace(
+            batch, context_lens=lens_of_sources, block_tables=source_table, context_lens_host=sources, _shared={}
         )
-        return dataclasses.replace(batch, cross=cross)
+        return dataclasses.replace(batch, cross=of_sources)
+
+    def _brought(
+        self, chunks: Items[Chunk], lens: list[int], contexts: Items[int], sources: Items[int]
+    ) -> list[torch.Tensor]:
+        """What the device is to know of a batch: token ids, positions and slots; tokens whose logits are wanted; where
+        sequences begin, their contexts, tables and rows; and if they have some, lengths and tables of their sources."""
+        for sequence, _ in chunks:
+            self._tables.show(sequence.row, sequence.blocks)
+        starts = [0, *accumulate(lens)]
+        logits_rows = [start - 1 for chunk, start in zip(chunks, starts[1:], strict=True) if chunk.samples]
+        rows = np.array([chunk.sequence.row for chunk in chunks])
+        small: list[np.ndarray] = [
+            np.array(logits_rows, dtype=np.int64),
+            np.array(starts, dtype=np.int32),
+            np.array(contexts, dtype=np.int32),
+            self._table(self._tables, rows, contexts),
+            rows,
+        ]
+        if sources[0]:
+            small += [np.array(sources, dtype=np.int32), self._table(self._source_tables, rows, sources)]
+        # Those of tokens are written in place: there may be thousands.
+        of_tokens: list[Part] = [(np.int64, (starts[-1],))] * 3
+        parcel = Parcel(self._device, *of_tokens, *((part.dtype, part.shape) for part in small))
+        token_ids, positions, slots, *places = parcel.arrays
+        chunk_tokens(chunks, token_ids)
+        positions[:] = np.arange(starts[-1])
+        positions += np.repeat(np.array(contexts) - starts[1:], lens)
+        slots[:] = self._slots(self._tables, rows, lens, positions)
+        for place, part in zip(places, small, strict=True):
+            place[...] = part
+        return parcel.send()
 
     def place_sources(self, sequences: Items[Sequence]) -> np.ndarray:
         """Slots [T] of the tokens of whole sources, side by side; from now on `build` knows where they are."""
@@ -92,43 +114,31 @@ class BatchBuilder:
         lens = [len(sequence.source) for sequence in sequences]
         rows = np.array([sequence.row for sequence in sequences])
         positions = np.concatenate([np.arange(length) for length in lens])
-        return self._slots(self._source_tables, np.repeat(rows, lens), positions)
+        return self._slots(self._source_tables, rows, lens, positions)
 
     def build_sources(self, sequences: Items[Sequence]) -> Batch:
         """The batch that an encoder reads: whole sources, side by side."""
         slots = self.place_sources(sequences)
         lens = tuple(len(sequence.source) for sequence in sequences)
         rows = np.array([sequence.row for sequence in sequences])
-        token_ids = np.concatenate([np.frombuffer(sequence.source, np.uint32) for sequence in sequences])
-        return dataclasses.replace(
-            whole_texts(self._tensor(token_ids.astype(np.int64)), lens),
-            slots=self._tensor(slots),
-            block_tables=self._table(self._source_tables, rows, lens),
-            block_size=self._block_size,
-        )
+        table = self._table(self._source_tables, rows, lens)
+        batch, (places, block_tables) = _brought_texts([one.source for one in sequences], self._device, slots, table)
+        return dataclasses.replace(batch, slots=places, block_tables=block_tables, block_size=self._block_size)
 
-    def _token_ids(self, token_ids: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        """On the device, where those of the decodes, which come first, may be EXPECTED."""
-        ids = self._tensor(token_ids)
-        if (token_ids[: len(rows)] == EXPECTED).any():
-            ids[: len(rows)] = with_expected(ids[: len(rows)], self._last_tokens, self._tensor(rows))
-        return ids
-
-    def _slots(self, tables: _Tables, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def _slots(self, tables: _Tables, rows: np.ndarray, lens: Items[int], positions: np.ndarray) -> np.ndarray:
+        """Of tokens at `positions` [T], `lens` of each of `rows` side by side."""
         # Of the thousands of tokens of a prompt, remainders and two indexes would take three times as long.
         indexes = positions // self._block_size
-        places = rows * tables.blocks.shape[1] + indexes
+        places = np.repeat(rows * tables.blocks.shape[1], lens)
+        places += indexes
         slots: np.ndarray = tables.blocks.reshape(-1).take(places).astype(np.int64)
         slots -= indexes
         slots *= self._block_size
         slots += positions
         return slots
 
-    def _table(self, tables: _Tables, rows: np.ndarray, contexts: Items[int]) -> torch.Tensor:
-        return self._tensor(tables.blocks[rows, : -(-max(contexts) // self._block_size)])
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return upload(values, self._device)
+    def _table(self, tables: _Tables, rows: np.ndarray, contexts: Items[int]) -> np.ndarray:
+        return tables.blocks[rows, : -(-max(contexts) // self._block_size)]
 
 
 def next_input(sequence: Sequence) -> int:
@@ -193,16 +203,45 @@ def whole_texts(token_ids: torch.Tensor, lens: Items[int], token_types: torch.Te
         lens: tokens of each text, at least one.
         token_types: [T] int64, if there are any.
     """
-    device = token_ids.device
+    return _texts(token_ids, lens, upload_all(_text_parts(lens), token_ids.device), token_types)
+
+
+def read_texts(texts: Items[array[int]], device: torch.device) -> Batch:
+    """As `whole_texts`, of texts that the host has."""
+    return _brought_texts(texts, device)[0]
+
+
+def _brought_texts(
+    texts: Items[array[int]], device: torch.device, *more: np.ndarray
+) -> tuple[Batch, list[torch.Tensor]]:
+    """The batch of texts that the host has, and more arrays, brought to a device together."""
+    lens = [len(text) for text in texts]
+    token_ids = np.concatenate([np.frombuffer(text, np.uint32) for text in texts]).astype(np.int64)
+    parts = _text_parts(lens)
+    ids, *tensors = upload_all([token_ids, *parts, *more], device)
+    return _texts(ids, lens, tensors[: len(parts)]), tensors[len(parts) :]
+
+
+def _text_parts(lens: Items[int]) -> list[np.ndarray]:
+    """Positions of whole texts' tokens, where the texts begin, their lengths, and tables of no block."""
     starts = np.array([0, *accumulate(lens)])
-    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lens)
+    table = np.zeros((len(lens), 1), dtype=np.int32)
+    return [positions, starts.astype(np.int32), np.array(lens, dtype=np.int32), table]
+
+
+def _texts(
+    token_ids: torch.Tensor, lens: Items[int], parts: list[torch.Tensor], token_types: torch.Tensor | None = None
+) -> Batch:
+    positions, starts, context_lens, table = parts
+    nothing = torch.empty(0, dtype=torch.int64, device=token_ids.device)
     return Batch(
         token_ids=token_ids,
-        positions=upload(np.arange(starts[-1]) - np.repeat(starts[:-1], lens), device),
+        positions=positions,
         slots=nothing,
-        query_starts=upload(starts.astype(np.int32), device),
-        context_lens=upload(np.array(lens, dtype=np.int32), device),
-        block_tables=upload(np.zeros((len(lens), 1), dtype=np.int32), device),
+        query_starts=starts,
+        context_lens=context_lens,
+        block_tables=table,
         num_decodes=0,
         query_lens=tuple(lens),
         context_lens_host=tuple(lens),

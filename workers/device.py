@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from headrace.errors import ConfigError
+from headrace.workers.layout import Layout, Part
 from headrace.workers.memory import GpuMemory
 
-__all__ = ["Download", "Upload", "captured", "gpu_memory", "pick_device", "upload"]
+__all__ = ["Download", "Parcel", "Upload", "captured", "gpu_memory", "pick_device", "upload", "upload_all"]
 
 R = TypeVar("R")
 
@@ -59,31 +60,83 @@ def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)  # whose memory is kept until it was copied
 
 
+def upload_all(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> list[Tensor]:
+    """Arrays of 32- or 64-bit integers on a device, brought there in one copy without waiting."""
+    parcel = Parcel(device, *((array.dtype, array.shape) for array in arrays))
+    for place, array in zip(parcel.arrays, arrays, strict=True):
+        place[...] = array
+    return parcel.send()
+
+
+class Parcel:
+    """Arrays that go to a device together, once, in one copy that nobody waits for.
+
+    Args:
+        device: where to.
+        parts: type and shape of each.
+
+    Attributes:
+        arrays: to be written before they are sent.
+    """
+
+    def __init__(self, device: torch.device, *parts: Part) -> None:
+        self._device = device
+        self._layout = Layout(*parts)
+        self._host = _host_memory(self._layout.size, device)
+        self.arrays = self._layout.arrays(self._host.numpy())
+
+    def send(self) -> list[Tensor]:
+        """The arrays on the device; those of a CPU are the ones that were written."""
+        # As in `upload`, nobody gets this memory of the host until it was copied.
+        return self._layout.tensors(self._host.to(self._device, non_blocking=True))
+
+
+def _host_memory(count: int, device: torch.device) -> Tensor:
+    """Room for numbers of 64 bits, from where a device can copy them."""
+    return torch.empty(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
 class Upload:
     """Numbers on their way from the host to one place on a device, again and again, without waiting for the device.
 
+    They are written in two places by turns: the device may do much before it comes to copy what was sent last.
+
     Args:
-        target: one-dimensional, where they go; what was given to the device before sees what was there before.
+        target: [any] int64, where they go; what was given to the device before sees what was there before.
     """
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
-        self._host = torch.zeros(target.shape, dtype=target.dtype, pin_memory=target.is_cuda)
-        self._values: np.ndarray[Any, Any] = self._host.numpy()
-        self._sent: torch.cuda.Event | None = None
+        self._pages = [_Page(target) for _ in range(2)]
 
     def room(self, count: int) -> np.ndarray[Any, Any]:
         """Where the first `count` numbers are to be written, once what was sent from there before is gone."""
-        if self._sent is not None:
-            self._sent.synchronize()
-        return self._values[:count]
+        self._pages.reverse()
+        return self._pages[0].room()[:count]
 
     def send(self, count: int) -> None:
         """Copy them to the device."""
-        self._target[:count].copy_(self._host[:count], non_blocking=True)
-        if self._target.is_cuda:
-            self._sent = self._sent or torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._sent.record()
+        self._pages[0].send(self._target, count)
+
+
+class _Page:
+    """Memory of the host, and the event after which what was sent from it last has been copied."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._host = _host_memory(len(target), target.device)
+        self._values: np.ndarray[Any, Any] = self._host.numpy()
+        self._gone: torch.cuda.Event | None = None
+
+    def room(self) -> np.ndarray[Any, Any]:
+        if self._gone is not None:
+            self._gone.synchronize()
+        return self._values
+
+    def send(self, target: Tensor, count: int) -> None:
+        target[:count].copy_(self._host[:count], non_blocking=True)
+        if target.is_cuda:
+            self._gone = self._gone or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._gone.record()
 
 
 def captured(

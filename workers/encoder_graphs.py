@@ -9,8 +9,8 @@ the graph's size is one more text, which belongs to nobody.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import accumulate, product
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.workers.device import Upload, captured
+from headrace.workers.layout import Layout
 
 __all__ = ["RehearsedTexts", "StaticTexts", "TextGraphs", "sizes_of_batches"]
 
@@ -62,7 +63,7 @@ class StaticTexts:
         self._results = results
         self._max_model_len = max_model_len
         self._spare_slot = spare_slot
-        self._inputs = torch.zeros(_num_values((max_tokens, max_texts)), dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(_layout((max_tokens, max_texts)).size, dtype=torch.int64, device=device)
         self._upload = Upload(self._inputs)
         self._block_tables = torch.zeros(max_texts + 1, 1, dtype=torch.int32, device=device)
 
@@ -70,10 +71,10 @@ class StaticTexts:
         self, texts: Sequence[array[int]], size: tuple[int, int], slots: np.ndarray[Any, Any] | None = None
     ) -> None:
         """Write texts, filled up to a size of tokens and texts, and the slots of their tokens, if they have some."""
-        count = _num_values(size)
-        values = self._upload.room(count)
+        layout = _layout(size)
+        values = self._upload.room(layout.size)
         values[:] = 0
-        starts, lens, tokens, positions, places = _parts(values, size, np.int32)
+        starts, lens, tokens, positions, places = layout.arrays(values)
         ends = list(accumulate(len(text) for text in texts))
         for text, end in zip(texts, ends, strict=True):
             tokens[end - len(text) : end] = np.frombuffer(text, np.uint32)
@@ -86,11 +87,11 @@ class StaticTexts:
         starts[len(ends) + 1 : -1] = used
         starts[-1] = size[0]
         lens[:] = np.diff(starts)
-        self._upload.send(count)
+        self._upload.send(layout.size)
 
     def compute(self, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """What comes of what was written, and of what fills it up; nothing depends on the values."""
-        starts, lens, tokens, positions, slots = _parts(self._inputs, size, torch.int32)
+        starts, lens, tokens, positions, slots = _layout(size).tensors(self._inputs)
         num_tokens, num_texts = size
         nothing = tokens[:0]
         batch = Batch(
@@ -109,29 +110,13 @@ class StaticTexts:
         return self._results(batch)
 
 
-def _num_values(size: tuple[int, int]) -> int:
-    """Values of 64 bits that describe a batch."""
+@cache
+def _layout(size: tuple[int, int]) -> Layout:
+    """Of what describes a batch: where each text begins, and where the last one ends; their lengths, one more than
+    there may be; tokens, positions and slots."""
     num_tokens, num_texts = size
-    return 3 * num_tokens + _wide(num_texts + 2) + _wide(num_texts + 1)
-
-
-def _parts(values: Any, size: tuple[int, int], narrow: Any) -> Iterator[Any]:
-    """Of an array or a tensor of such values: where each text begins, and where the last one ends; their lengths, both
-    of 32 bits and one more than there may be; tokens, positions and slots."""
-    num_tokens, num_texts = size
-    begin = 0
-    for count in (num_texts + 2, num_texts + 1):
-        yield values[begin : begin + _wide(count)].view(narrow)[:count]
-        begin += _wide(count)
-    for _ in range(3):
-        yield values[begin : begin + num_tokens]
-        begin += num_tokens
-
-
-def _wide(count: int) -> int:
-    """Values of 64 bits that hold so many of 32, up to a multiple of 16 bytes: kernels are compiled for what begins
-    there."""
-    return -(-count // 4) * 2
+    of_token = (np.int64, (num_tokens,))
+    return Layout((np.int32, (num_texts + 2,)), (np.int32, (num_texts + 1,)), of_token, of_token, of_token)
 
 
 class TextGraphs:

@@ -22,7 +22,7 @@ from headrace.kernels.batch import Batch
 from headrace.kernels.ops.pooling import pool
 from headrace.messages import pack_tokens
 from headrace.tasks import PoolingParams
-from headrace.workers.batch import whole_texts
+from headrace.workers.batch import read_texts
 from headrace.workers.device import Download, upload
 from headrace.workers.encoder_graphs import RehearsedTexts, StaticTexts, TextGraphs, sizes_of_batches
 from headrace.workers.parallel_compile import compile_ahead
@@ -136,8 +136,7 @@ class EncoderRunner:
         if self._graphs is not None and (size := self._graphs.size_for(tokens)) is not None:
             hidden, pooled = self._graphs.run(tokens, size)
             return hidden, pooled
-        token_ids = np.concatenate([np.frombuffer(text, np.uint32) for text in tokens])
-        return self._computed(whole_texts(self._tensor(token_ids.astype(np.int64)), [len(text) for text in tokens]))
+        return self._computed(read_texts(tokens, self._device))
 
     def _computed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = self._model.hidden(batch, None)
@@ -165,7 +164,7 @@ class EncoderRunner:
         rows = [starts[index] + place for index in wanted for place in texts[index].masks]
         if not rows:
             return
-        logits = self._model.logits(hidden[self._tensor(np.array(rows))]).float()
+        logits = self._model.logits(hidden[upload(np.array(rows), self._device)]).float()
         top = max(texts[index].top or 1 for index in wanted)
         values, tokens = (part.cpu() for part in logits.log_softmax(-1).topk(min(top, logits.shape[-1])))
         row = 0
@@ -173,9 +172,6 @@ class EncoderRunner:
             count = len(texts[index].masks)
             results[index] = _filled(values[row : row + count], tokens[row : row + count], texts[index].top)
             row += count
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return upload(values, self._device)
 
 
 def _vectors(pooled: np.ndarray[Any, Any], params: PoolingParams) -> np.ndarray[Any, Any]:

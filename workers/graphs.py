@@ -27,9 +27,11 @@ from headrace.kernels.kv import KVCache
 from headrace.kernels.ops.placement import place
 from headrace.kernels.ops.sampling import choose
 from headrace.workers.batch import BlockNews, chunk_tokens, next_input, with_expected
-from headrace.workers.device import upload
+from headrace.workers.device import Upload, upload_all
+from headrace.workers.layout import Layout, Part
 from headrace.workers.sampler import NUM_SETTINGS, Sampler, settings_in
 from headrace.workers.scheduler import Chunk
+from headrace.workers.sequence import Sequence
 
 if TYPE_CHECKING:
     from headrace.kernels.model import Model
@@ -50,6 +52,8 @@ __all__ = [
 # of 16 to 24 layers on an H200's machine: large models compute longer than that meanwhile, small ones wait for it.
 _PROMPT_SIZES = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 
+_NEWS = 512  # blocks that a step tells of, in six kilobytes: few bring more, as when much of a prompt is found cached
+
 
 def decode_sizes(num_rows: int) -> tuple[int, ...]:
     """Sequences of decodes that get a graph: few are wasted on filling up, and few graphs are needed."""
@@ -65,32 +69,66 @@ def prompt_sizes(max_tokens: int) -> tuple[int, ...]:
 class DeviceTables:
     """Blocks of every row on the device.
 
+    Args:
+        num_rows: most sequences.
+        max_blocks: most blocks of one sequence.
+        scratch_block: where what fills a step up may write.
+        device: where.
+        sources: whether sequences have sources, too.
+
     Attributes:
         device: [rows + 1, blocks] int32; the last row is of what fills a step up.
+        sources: likewise, of the blocks of their sources; None if there are none.
     """
 
-    def __init__(self, num_rows: int, max_blocks: int, scratch_block: int, device: torch.device) -> None:
-        self.device = torch.full((num_rows + 1, max_blocks), scratch_block, dtype=torch.int32, device=device)
+    def __init__(
+        self, num_rows: int, max_blocks: int, scratch_block: int, device: torch.device, *, sources: bool = False
+    ) -> None:
+        kinds = 1 + sources
+        self._flat = torch.full((kinds * (num_rows + 1) * max_blocks,), scratch_block, dtype=torch.int32, device=device)
+        self.device, *more = self._flat.view(kinds, num_rows + 1, max_blocks).unbind()
+        self.sources = more[0] if more else None
+        self._num_rows = num_rows
         self._max_blocks = max_blocks
-        self._news = BlockNews(num_rows)
+        self._scratch_block = scratch_block
+        self._news = BlockNews(kinds * (num_rows + 1))
 
-    def show(self, rows: Items[tuple[int, list[int]]]) -> None:
-        """Write what is new of the rows' blocks, all in one piece."""
-        places: list[int] = []
-        values: list[int] = []
-        for row, blocks in rows:
-            start, new_blocks = self._news.of(row, blocks)
-            first = row * self._max_blocks + start
-            places += range(first, first + len(new_blocks))
-            values += new_blocks
-        if places:
-            new = upload(np.array((places, values)), self.device.device)
-            self.device.view(-1).index_copy_(0, new[0], new[1].int())
+    def write_news(self, sequences: Items[Sequence], places: np.ndarray, blocks: np.ndarray) -> None:
+        """Write what is new of the blocks of sequences for `take`; what does not fit is brought to the device at once.
+
+        Args:
+            sequences: of the next step.
+            places: [N] int64.
+            blocks: [N] int32.
+        """
+        where: list[int] = []
+        new: list[int] = []
+        for sequence in sequences:
+            self._add(sequence.row, sequence.blocks, where, new)
+            if self.sources is not None:
+                self._add(self._num_rows + 1 + sequence.row, sequence.source_blocks, where, new)
+        if len(new) > len(places):
+            self.take(*upload_all([np.array(where, dtype=np.int64), np.array(new, dtype=np.int32)], self._flat.device))
+            where, new = [], []
+        count = len(new)
+        places[:count], places[count:] = where, self._num_rows * self._max_blocks
+        blocks[:count], blocks[count:] = new, self._scratch_block  # as it is there anyway
+
+    def take(self, places: Tensor, blocks: Tensor) -> None:
+        """Let the tables have what `write_news` wrote."""
+        self._flat.index_copy_(0, places, blocks)
 
     def slots(self, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
         """Where the tokens [T] of `rows` [T] at `positions` [T] are in the cache."""
-        blocks = self.device.view(-1).index_select(0, rows * self._max_blocks + positions // block_size)
+        blocks = self._flat.index_select(0, rows * self._max_blocks + positions // block_size)
         return blocks * block_size + positions % block_size
+
+    def _add(self, row: int, blocks: list[int], places: list[int], values: list[int]) -> None:
+        start, new = self._news.of(row, blocks)
+        if new:
+            first = row * self._max_blocks + start
+            places += range(first, first + len(new))
+            values += new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +164,20 @@ class StaticStep(ABC):
 
     Args:
         standing: what is the same for all steps.
-        num_inputs: numbers that a step brings.
+        sizes: that steps are filled up to, ascending.
 
     Attributes:
-        sizes: that steps are filled up to, ascending.
+        sizes: likewise.
     """
 
-    sizes: tuple[int, ...]
-
-    def __init__(self, standing: Standing, num_inputs: int) -> None:
+    def __init__(self, standing: Standing, sizes: tuple[int, ...]) -> None:
+        self.sizes = sizes
         self._standing = standing
+        news: tuple[Part, Part] = (np.int64, (_NEWS,)), (np.int32, (_NEWS,))
+        self._layouts = {size: Layout(*news, *self._parts(size)) for size in sizes}
         device = standing.sampler.last_tokens.device
-        # The host's copy is there twice: the device may not have read that of the last step when the next is written.
-        self._hosts = [torch.zeros(num_inputs, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(2)]
-        self._inputs = torch.zeros(num_inputs, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(self._layouts[sizes[-1]].size, dtype=torch.int64, device=device)
+        self._upload = Upload(self._inputs)
 
     @property
     def rotary_tables(self) -> tuple[Tensor, ...]:
@@ -154,18 +192,31 @@ class StaticStep(ABC):
         """The smallest size that holds so many, or None."""
         return next((size for size in self.sizes if size >= count), None)
 
-    @abstractmethod
     def fill(self, chunks: Items[Chunk], size: int) -> None:
-        """Write the inputs of a step, filled up to `size`."""
+        """Bring the inputs of a step, filled up to `size`, and what is new of the blocks to the device."""
+        layout = self._layouts[size]
+        places, blocks, *inputs = layout.arrays(self._upload.room(layout.size))
+        self._standing.tables.write_news([chunk.sequence for chunk in chunks], places, blocks)
+        self._write(chunks, *inputs)
+        self._upload.send(layout.size)
 
-    @abstractmethod
     def compute(self, size: int) -> Computed:
         """Compute the inputs that were written; nothing in it depends on their values."""
+        places, blocks, *inputs = self._layouts[size].tensors(self._inputs)
+        self._standing.tables.take(places, blocks)
+        return self._computed(*inputs)
 
-    def _bring(self, chunks: Items[Chunk], host: np.ndarray) -> None:
-        """Copy the inputs and what is new of the blocks to the device."""
-        self._standing.tables.show([(chunk.sequence.row, chunk.sequence.blocks) for chunk in chunks])
-        self._inputs[: len(host)].copy_(self._hosts[0][: len(host)], non_blocking=True)
+    @abstractmethod
+    def _parts(self, size: int) -> tuple[Part, ...]:
+        """What a step of a size reads, besides news of blocks."""
+
+    @abstractmethod
+    def _write(self, chunks: Items[Chunk], *inputs: np.ndarray) -> None:
+        """Write all of these parts."""
+
+    @abstractmethod
+    def _computed(self, *inputs: Tensor) -> Computed:
+        """What comes of these parts."""
 
     def _chosen(self, logits: Tensor, settings: Tensor, rows: Tensor) -> Computed:
         """The end of a step: tokens are chosen, and noted for the steps after it."""
@@ -174,23 +225,14 @@ class StaticStep(ABC):
         self._standing.sampler.last_tokens.index_copy_(0, rows, tokens.clamp(min=0))
         return Computed(logits, tokens)
 
-    def _host(self) -> np.ndarray:
-        """Where to write the inputs of the next step."""
-        self._hosts.reverse()
-        values: np.ndarray = self._hosts[0].numpy()
-        return values
-
 
 class StaticDecodes(StaticStep):
     """Steps in which every sequence computes one token and chooses the next; sizes count sequences."""
 
-    def __init__(self, standing: Standing, sources: DeviceTables | None = None) -> None:
-        num_rows = standing.num_rows
-        super().__init__(standing, num_inputs=(4 + NUM_SETTINGS) * num_rows)
-        self.sizes = decode_sizes(num_rows)
-        self._sources = sources
+    def __init__(self, standing: Standing) -> None:
+        super().__init__(standing, decode_sizes(standing.num_rows))
         device = standing.sampler.last_tokens.device
-        self._starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+        self._starts = torch.arange(standing.num_rows + 1, dtype=torch.int32, device=device)
 
     def size_for(self, chunks: Items[Chunk]) -> int | None:
         """As `StaticStep.size_for`."""
@@ -198,32 +240,29 @@ class StaticDecodes(StaticStep):
             return None
         return self.size_of(len(chunks))
 
-    def fill(self, chunks: Items[Chunk], size: int) -> None:
-        """As `StaticStep.fill`."""
-        # By sequence: token, position, row of the tables, tokens of its source; and how it is sampled.
-        host = self._host()[: (4 + NUM_SETTINGS) * size].reshape(4 + NUM_SETTINGS, size)
-        host[:] = 0
-        host[2:4, len(chunks) :] = [[self._standing.num_rows], [1]]
+    def _parts(self, size: int) -> tuple[Part, ...]:
+        # By sequence: token, position and row of the tables; how it is sampled; tokens of its source.
+        return (np.int64, (3, size)), (np.int64, (NUM_SETTINGS, size)), (np.int32, (size,))
+
+    def _write(self, chunks: Items[Chunk], *inputs: np.ndarray) -> None:
+        places, settings, sources = inputs
         sequences = [chunk.sequence for chunk in chunks]
-        host[:3, : len(chunks)] = [
+        count = len(sequences)
+        places[:, :count] = [
             [next_input(sequence) for sequence in sequences],
             [sequence.num_computed for sequence in sequences],
             [sequence.row for sequence in sequences],
         ]
-        if self._sources is not None:
-            host[3, : len(chunks)] = [len(sequence.source) for sequence in sequences]
-            self._sources.show([(sequence.row, sequence.source_blocks) for sequence in sequences])
-        self._standing.sampler.write_settings(sequences, host[4:])
-        self._bring(chunks, host.reshape(-1))
+        places[:, count:] = [[0], [0], [self._standing.num_rows]]
+        sources[:count], sources[count:] = [len(sequence.source) for sequence in sequences], 1
+        settings[:] = 0
+        self._standing.sampler.write_settings(sequences, settings)
 
-    def compute(self, size: int) -> Computed:
-        """As `StaticStep.compute`."""
-        inputs = self._inputs[: (4 + NUM_SETTINGS) * size].view(-1, size)
-        tokens, positions, rows, sources = inputs[:4]
-        standing = self._standing
-        placed = place(
-            tokens, positions, rows, standing.tables.device, standing.sampler.last_tokens, standing.kv.block_size
-        )
+    def _computed(self, *inputs: Tensor) -> Computed:
+        (tokens, positions, rows), settings, sources = inputs
+        standing, size = self._standing, len(tokens)
+        tables, last_tokens = standing.tables, standing.sampler.last_tokens
+        placed = place(tokens, positions, rows, tables.device, last_tokens, standing.kv.block_size)
         batch = Batch(
             token_ids=placed.token_ids,
             positions=positions,
@@ -233,88 +272,82 @@ class StaticDecodes(StaticStep):
             block_tables=placed.block_tables,
             num_decodes=size,
             query_lens=(1,) * size,
-            context_lens_host=(self._standing.max_model_len,)
-            * size,  # what a graph does must not depend on the present ones
+            context_lens_host=(standing.max_model_len,) * size,  # what a graph does must not depend on the present ones
             logits_rows=None,
             block_size=standing.kv.block_size,
         )
-        if self._sources is not None:
-            cross = dataclasses.replace(
-                batch,
-                context_lens=sources.int(),
-                block_tables=self._sources.device.index_select(0, rows),
-                _shared={},
-            )
+        if tables.sources is not None:
+            blocks = tables.sources.index_select(0, rows)
+            cross = dataclasses.replace(batch, context_lens=sources, block_tables=blocks, _shared={})
             batch = dataclasses.replace(batch, cross=cross)
-        return self._chosen(standing.model(batch, standing.kv), inputs[4:], rows)
+        return self._chosen(standing.model(batch, standing.kv), settings, rows)
 
 
 class StaticPrompts(StaticStep):
     """Steps of any sequences of a decoder, prompts among them; sizes count tokens."""
 
     def __init__(self, standing: Standing, max_tokens: int) -> None:
-        self.sizes = prompt_sizes(max_tokens)
-        super().__init__(standing, num_inputs=self._num_inputs(self.sizes[-1], standing.num_rows))
-
-    @staticmethod
-    def _num_inputs(size: int, num_rows: int) -> int:
-        """Three by token, and three by sequence, one sequence more than there are rows; and by row where a chosen
-        token goes and how it is chosen."""
-        return 3 * size + 3 * (num_rows + 1) + 1 + (1 + NUM_SETTINGS) * num_rows
+        super().__init__(standing, prompt_sizes(max_tokens))
 
     def size_for(self, chunks: Items[Chunk]) -> int | None:
         """As `StaticStep.size_for`."""
         return self.size_of(sum(chunk.num_tokens for chunk in chunks))
 
-    def fill(self, chunks: Items[Chunk], size: int) -> None:
-        """As `StaticStep.fill`."""
+    def _parts(self, size: int) -> tuple[Part, ...]:
+        num_rows = self._standing.num_rows
+        return (
+            # By token: id, position, row of the tables.
+            (np.int64, (3, size)),
+            # By sequence, and one more that fills the step up: where it begins, and where the last one ends; its
+            # context; its row.
+            (np.int32, (num_rows + 2,)),
+            (np.int32, (num_rows + 1,)),
+            (np.int64, (num_rows + 1,)),
+            # By row: its last token; where the one that is chosen goes and how it is chosen.
+            (np.int64, (num_rows,)),
+            (np.int64, (1 + NUM_SETTINGS, num_rows)),
+        )
+
+    def _write(self, chunks: Items[Chunk], *inputs: np.ndarray) -> None:
+        tokens, begins, contexts, owners, ends, settings = inputs
+        sequences = [chunk.sequence for chunk in chunks]
         lens = [chunk.num_tokens for chunk in chunks]
         starts = [0, *accumulate(lens)]
-        computed = [chunk.sequence.num_computed for chunk in chunks]
-        rows = [chunk.sequence.row for chunk in chunks]
+        computed = [sequence.num_computed for sequence in sequences]
+        rows = [sequence.row for sequence in sequences]
         used, num_rows, count = starts[-1], self._standing.num_rows, len(chunks)
-        host = self._host()[: self._num_inputs(size, num_rows)]
-        # By token: id, position, row of the tables.
-        tokens = host[: 3 * size].reshape(3, size)
+        unused = tokens.shape[1] - used
         chunk_tokens(chunks, tokens[0])
         tokens[1, :used] = np.arange(used) + np.repeat(np.array(computed, dtype=np.int64) - starts[:-1], lens)
         tokens[2, :used] = np.repeat(np.array(rows, dtype=np.int64), lens)
-        tokens[:, used:] = [[0], [0], [num_rows]]
-        tokens[1, used:] = np.arange(size - used) % self._standing.kv.block_size  # what they read they have written
-        # By sequence, the last of which holds what fills the step up: where it begins, its context, its row.
-        of_sequences, of_rows = np.split(host[3 * size :], [3 * (num_rows + 1) + 1])
-        begins, contexts, owners = np.split(of_sequences, [num_rows + 2, 2 * num_rows + 3])
-        begins[: count + 1], begins[count + 1 : -1], begins[-1] = starts, used, size
+        if unused:
+            tokens[:, used:] = [[0], [0], [num_rows]]
+            tokens[1, used:] = np.arange(unused) % self._standing.kv.block_size  # what they read they have written
+        begins[: count + 1], begins[count + 1 : -1], begins[-1] = starts, used, used + unused
         contexts[:count], contexts[count:-1] = np.add(computed, lens), 0
         # No more than one block: tables may be shorter than a step. Tokens before that see nothing, and are nothing.
-        contexts[-1] = min(size - used, self._standing.kv.block_size)
+        contexts[-1] = min(unused, self._standing.kv.block_size)
         owners[:count], owners[count:] = rows, num_rows
+        np.maximum(begins[1:-1] - 1, 0, out=ends)
         # A token that is not wanted goes where it harms nobody.
-        settings = of_rows.reshape(1 + NUM_SETTINGS, num_rows)
         settings[0], settings[1:] = num_rows, 0
         settings[0, :count] = [chunk.sequence.row if chunk.samples else num_rows for chunk in chunks]
-        self._standing.sampler.write_settings([chunk.sequence for chunk in chunks], settings[1:])
-        self._bring(chunks, host)
+        self._standing.sampler.write_settings(sequences, settings[1:])
 
-    def compute(self, size: int) -> Computed:
-        """As `StaticStep.compute`."""
-        num_rows = self._standing.num_rows
-        count = num_rows + 1
-        tokens, positions, row_of = self._inputs[: 3 * size].view(3, size)
-        of_sequences = self._inputs[3 * size : 3 * size + 3 * count + 1]
-        settings = self._inputs[3 * size + 3 * count + 1 : self._num_inputs(size, num_rows)].view(-1, num_rows)
-        begins, contexts, owners = of_sequences.tensor_split((count + 1, 2 * count + 1))
+    def _computed(self, *inputs: Tensor) -> Computed:
+        (tokens, positions, row_of), begins, contexts, owners, ends, settings = inputs
+        standing, count = self._standing, len(owners)
         batch = Batch(
-            token_ids=with_expected(tokens, self._standing.sampler.last_tokens, row_of),
+            token_ids=with_expected(tokens, standing.sampler.last_tokens, row_of),
             positions=positions,
-            slots=self._standing.tables.slots(row_of, positions, self._standing.kv.block_size),
-            query_starts=begins.int(),
-            context_lens=contexts.int(),
-            block_tables=self._standing.tables.device.index_select(0, owners),
+            slots=standing.tables.slots(row_of, positions, standing.kv.block_size),
+            query_starts=begins,
+            context_lens=contexts,
+            block_tables=standing.tables.device.index_select(0, owners),
             num_decodes=0,
-            query_lens=(size,) * count,  # at most, as are the contexts
-            context_lens_host=(self._standing.max_model_len,) * count,
-            logits_rows=(begins[1:-1] - 1).clamp(min=0),
-            block_size=self._standing.kv.block_size,
+            query_lens=(len(tokens),) * count,  # at most, as are the contexts
+            context_lens_host=(standing.max_model_len,) * count,
+            logits_rows=ends,
+            block_size=standing.kv.block_size,
         )
-        return self._chosen(self._standing.model(batch, self._standing.kv), settings[1:], settings[0])
+        return self._chosen(standing.model(batch, standing.kv), settings[1:], settings[0])

@@ -148,7 +148,7 @@ class Runner:
             torch.OutOfMemoryError: there is no room for it; the others stay.
         """
         if self._graphs is None:
-            self._graphs = StepGraphs([self._static_decodes(self._standing())])
+            self._graphs = StepGraphs([StaticDecodes(self._standing())])
         self._graphs.capture_for(count)
 
     def drop_graphs(self) -> None:
@@ -164,7 +164,7 @@ class Runner:
     def static_steps(self) -> list[StaticStep]:
         """The kinds of steps that can become graphs."""
         standing = self._standing()
-        decodes = self._static_decodes(standing)
+        decodes = StaticDecodes(standing)
         if self.model.spec.encoder is not None:
             return [decodes]
         return [decodes, StaticPrompts(standing, self._max_batch_tokens)]
@@ -178,9 +178,6 @@ class Runner:
             num_rows=self._num_rows,
             max_model_len=self._max_model_len,
         )
-
-    def _static_decodes(self, standing: Standing) -> StaticDecodes:
-        return StaticDecodes(standing, self._device_tables() if self.model.spec.encoder is not None else None)
 
     @property
     def _source_sizes(self) -> list[tuple[int, int]]:
@@ -204,7 +201,13 @@ class Runner:
 
     def _device_tables(self) -> DeviceTables:
         max_blocks = -(-self._max_model_len // self.kv.block_size)
-        return DeviceTables(self._num_rows, max_blocks, self.kv.scratch_block, self._sampler.last_tokens.device)
+        return DeviceTables(
+            self._num_rows,
+            max_blocks,
+            self.kv.scratch_block,
+            self._sampler.last_tokens.device,
+            sources=self.model.spec.encoder is not None,
+        )
 
     @torch.inference_mode()
     def replay(self, sequences: Items[Sequence], tokens: Tensor) -> Tensor | None:

@@ -11,8 +11,6 @@ from headrace.workers.prefix_cache import block_digest
 
 __all__ = ["Sequence"]
 
-_DIGESTS_AHEAD = 16
-
 
 class Sequence:
     """Tokens of a stream (prompt, then output) and its place in the engine.
@@ -154,8 +152,8 @@ class Sequence:
         return self._digests[:count]
 
     def each_digest(self, count: int, block_size: int) -> Iterator[bytes]:
-        """The same one after the other: few more are computed than are asked for."""
+        """The same one after the other: at most twice as many are computed as are asked for."""
         for index in range(count):
             if index == len(self._digests):
-                self.digests(min(count, index + _DIGESTS_AHEAD), block_size)
+                self.digests(min(count, 2 * index or 1), block_size)
             yield self._digests[index]

@@ -52,6 +52,9 @@ def check(batch: Batch, plan: Plan) -> None:
     each = list(range(len(batch.token_ids)))
     assert (each if batch.logits_rows is None else batch.logits_rows.tolist()) == ends
     assert batch.block_size == BLOCK
+    # Kernels are compiled for what begins there; tensors that begin elsewhere would have others compiled while serving.
+    parts = (batch.token_ids, batch.positions, batch.slots, batch.query_starts, batch.context_lens, batch.block_tables)
+    assert not any(part.data_ptr() % 16 for part in parts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,8 +71,13 @@ def test_a_batch_says_of_each_token_where_it_is(sizes, num_blocks, budget):
     for index, (length, max_tokens) in enumerate(sizes):
         if length + max_tokens <= scheduler.kv_tokens:
             scheduler.add(make_sequence(index, length, max_tokens))
+    before = None
     while (plan := scheduler.schedule()).chunks:
-        check(builder.build(plan.chunks), plan)
+        batch = builder.build(plan.chunks)
+        check(batch, plan)
+        if before is not None:
+            assert torch.equal(*before), "the next step's batch lies over one that may not be computed yet"
+        before = batch.slots, batch.slots.clone()
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         scheduler.publish(scheduler.advance(plan))
         for sequence in sampling:

@@ -14,6 +14,8 @@ import torch
 from headrace.kernels.ops.pair import kernels_on_cpu
 from headrace.messages import StreamId
 from headrace.sampling import SamplingParams
+from headrace.workers import graphs, runner, sampler
+from headrace.workers.device import Upload
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
 from headrace.workers.graphs import StaticDecodes
@@ -66,8 +68,8 @@ def test_a_step_of_nobody(tmp_path):
         with kernels_on_cpu():
             computed = kind.compute(size)
         assert computed.logits.isfinite().all()
-        inputs = kind._inputs[3 * size :][: 3 * 4 + 1]
-        assert isinstance(kind, StaticDecodes) or inputs[5:9].max() <= 8, "a context beyond the table"
+        contexts = kind._layouts[size].tensors(kind._inputs)[4]
+        assert isinstance(kind, StaticDecodes) or contexts.max() <= 8, "a context beyond the table"
         assert (computed.tokens >= 0).all()
 
 
@@ -98,6 +100,34 @@ def test_preempted_sequences_show_their_new_blocks(tmp_path):
     engine = with_static_steps(load(tmp_path, **limits))
     assert generate(engine, PROMPTS, max_tokens=9) == expected
     assert engine.load_gauges()["preemptions"] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_more_news_of_blocks_than_a_step_brings(tmp_path, monkeypatch, family):
+    """They come by themselves; the step's room for news tells nothing then, and next to nothing before."""
+    (save_t5 if family == "t5" else save_model)(tmp_path, family)
+    limits = {"kv_tokens": 96, "block_size": 4, "max_model_len": 48, "async_scheduling": True}
+    expected = generate(load(tmp_path, **limits), PROMPTS, max_tokens=9)
+    brought = []
+    upload_all = graphs.upload_all
+    monkeypatch.setattr(graphs, "upload_all", lambda *args: brought.append(1) or upload_all(*args))
+    monkeypatch.setattr(graphs, "_NEWS", 2)
+    engine = with_static_steps(load(tmp_path, **limits))
+    assert generate(engine, PROMPTS, max_tokens=9) == expected
+    assert 0 < len(brought) < engine.load_gauges()["graph_replays"]
+
+
+def test_a_step_is_brought_in_one_copy(tmp_path, monkeypatch):
+    save_model(tmp_path)
+    engine = with_static_steps(load(tmp_path, max_model_len=32, async_scheduling=True))
+    sent = []
+    send = Upload.send
+    monkeypatch.setattr(Upload, "send", lambda way, count: sent.append(count) or send(way, count))
+    for module in (graphs, runner, sampler):
+        for name in {"upload", "upload_all"} & vars(module).keys():
+            monkeypatch.setattr(module, name, lambda *args: pytest.fail("something else is copied"))
+    generate(engine, PROMPTS, max_tokens=5)
+    assert len(sent) == engine.steps == engine.load_gauges()["graph_replays"]
 
 
 def test_what_fills_a_batch_up_touches_nobody(tmp_path):
