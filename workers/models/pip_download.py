@@ -94,9 +94,10 @@ def _still_runs(process: subprocess.Popen[bytes]) -> bool:
 def _largest(folder: Path) -> int:
     """Size of the largest file, which is the wheel as far as it has come."""
     size = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip renames and deletes meanwhile
-            size = max(size, path.lstat().st_size)
+    for place, _, names in os.walk(folder):  # which passes over folders that pip deletes meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):  # as it does with files
+                size = max(size, Path(place, name).lstat().st_size)
     return size
 
 

