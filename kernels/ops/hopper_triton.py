@@ -29,6 +29,7 @@ __all__ = ["attend_on_hopper"]
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _NOWHERE = gl.constexpr(1 << 30)  # behind every query
+_FIRST_BARRIER = 8  # that Triton does not use
 _all_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of a group; renamed after Triton 3.6
 
 
@@ -134,18 +135,13 @@ def _compute(
             mbarrier.wait(k_full.index(at % STAGES), (at // STAGES) & 1, pred=tiles > 1)
             # Up to here the tile's queries see all keys.
             clear = gl.maximum(1, gl.minimum((first_position + 1) // COLUMNS, tiles))
-            for tile in range(1, clear):
-                found, weights, largest, total = _step(
-                    q_tile, k_ring, v_ring, k_full, k_empty, v_full, v_empty, at, tile * COLUMNS, tile + 1 < tiles,
-                    found, weights, largest, total, factor, position, context, False, BLOCK_SIZE, GROUP,
-                )  # fmt: skip
-                at += 1
-            for tile in range(clear, tiles):
-                found, weights, largest, total = _step(
-                    q_tile, k_ring, v_ring, k_full, k_empty, v_full, v_empty, at, tile * COLUMNS, tile + 1 < tiles,
-                    found, weights, largest, total, factor, position, context, True, BLOCK_SIZE, GROUP,
-                )  # fmt: skip
-                at += 1
+            for HIDDEN in gl.static_range(2):
+                for tile in range(clear if HIDDEN else 1, tiles if HIDDEN else clear):
+                    found, weights, largest, total = _step(
+                        q_tile, k_ring, v_ring, k_full, k_empty, v_full, v_empty, at, tile * COLUMNS, tile + 1 < tiles,
+                        found, weights, largest, total, factor, position, context, HIDDEN, BLOCK_SIZE, GROUP,
+                    )  # fmt: skip
+                    at += 1
             before = (at - 1) % STAGES
             mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
             _wait_for_turn(GROUP)
@@ -161,12 +157,19 @@ def _compute(
             fence_async_shared()
             mbarrier.arrive(q_empty.index(buffer), count=1)
             done += 1
-            line = gl.arange(0, ROWS, layout=gl.SliceLayout(1, in_rows)) + GROUP * ROWS
-            dim = gl.arange(0, DIMS, layout=gl.SliceLayout(0, in_rows))
-            place = (start + line // HEADS).to(gl.int64) * (NUM_KV_HEADS * HEADS * DIMS)
-            place += (kv_head * HEADS + line % HEADS) * DIMS
-            held = (line // HEADS < left)[:, None] & (dim >= 0)[None, :]
-            gl.store(out + place[:, None] + dim[None, :], found_rows, mask=held)
+            _write(out, found_rows, start, left, kv_head, GROUP, NUM_KV_HEADS, HEADS)
+
+
+@gluon.jit
+def _write(out, found, start, left, kv_head, GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEADS: gl.constexpr):
+    """Rows of a group, as far as they are of queries."""
+    DIMS: gl.constexpr = found.shape[1]
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, found.type.layout)) + GROUP * ROWS
+    dim = gl.arange(0, DIMS, layout=gl.SliceLayout(0, found.type.layout))
+    place = (start + row // HEADS).to(gl.int64) * (NUM_KV_HEADS * HEADS * DIMS)
+    place += (kv_head * HEADS + row % HEADS) * DIMS
+    held = (row // HEADS < left)[:, None] & (dim >= 0)[None, :]
+    gl.store(out + place[:, None] + dim[None, :], found, mask=held)
 
 
 @gluon.jit
@@ -246,28 +249,23 @@ def _weigh(
 
 @gluon.jit
 def _wait_for_turn(GROUP: gl.constexpr):
-    """Wait until the group before has asked for its products; barriers 8 to 10 are not used by Triton."""
-    if GROUP == 0:
-        _barrier("bar.sync 8, 256;")
-    elif GROUP == 1:
-        _barrier("bar.sync 9, 256;")
-    else:
-        _barrier("bar.sync 10, 256;")
+    """Wait until the group before has asked for its products."""
+    _barrier("sync", GROUP)
 
 
 @gluon.jit
 def _pass_turn(GROUP: gl.constexpr):
     """Let the next group ask for its products."""
-    if GROUP == 0:
-        _barrier("bar.arrive 9, 256;")
-    elif GROUP == 1:
-        _barrier("bar.arrive 10, 256;")
-    else:
-        _barrier("bar.arrive 8, 256;")
+    _barrier("arrive", (GROUP + 1) % GROUPS)
 
 
 @gluon.jit
-def _barrier(INSTRUCTION: gl.constexpr):
-    gl.inline_asm_elementwise(
-        "mov.u32 $0, 0; " + INSTRUCTION, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
-    )
+def _barrier(WHAT: gl.constexpr, GROUP: gl.constexpr):
+    instruction: gl.constexpr = _barrier_instruction(WHAT, GROUP)
+    gl.inline_asm_elementwise(instruction, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _barrier_instruction(what, group):
+    """At the barrier of a group meet its own threads and those of the group before."""
+    return f"mov.u32 $0, 0; bar.{what} {_FIRST_BARRIER + group}, {2 * 4 * 32};"
