@@ -23,7 +23,7 @@ from headrace.kernels.policies import POLICIES
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.parallel_reader import ParallelReader
 
-__all__ = ["Loading", "load_checkpoint", "load_model", "loading"]
+__all__ = ["Loading", "load_model", "loading"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,26 +49,8 @@ def load_model(
         ModelError: files are missing, damaged or do not fit each other, or the family is not covered.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
-    return load_checkpoint(checkpoint, dtype=dtype, device=device, progress=progress).model
-
-
-def load_checkpoint(
-    checkpoint: Checkpoint,
-    *,
-    dtype: str,
-    device: torch.device | str,
-    task: nn.Module | None = None,
-    progress: Progress | None = None,
-    read_ahead: bool | None = None,
-) -> Injected:
-    """As `load_model`; fills also what is left to transformers, and tells what the checkpoint holds beyond.
-
-    `read_ahead`: whether threads read the files; None does so for a GPU.
-    """
-    with loading(
-        checkpoint, dtype=dtype, device=device, task=task, progress=progress, read_ahead=read_ahead
-    ) as under_way:
-        return under_way.finished()
+    with loading(checkpoint, dtype=dtype, device=device, progress=progress) as under_way:
+        return under_way.finished().model
 
 
 @contextlib.contextmanager
@@ -83,7 +65,11 @@ def loading(
 ) -> Iterator[Loading]:
     """A model that can be looked at before its weights are there; whoever leaves early ends the loading.
 
-    Arguments and errors are those of `load_checkpoint`.
+    Arguments and errors are those of `load_model`, and besides:
+
+    Args:
+        task: what is left to transformers, to be filled, too.
+        read_ahead: whether threads read the files; None does so for a GPU.
     """
     device = torch.device(device)
     with _Files(checkpoint) as files:

@@ -87,7 +87,7 @@ def test_nor_for_an_encoder(pretended):
 
 
 def test_a_folder_is_refused_before_its_weights_are_read(folder, monkeypatch):
-    monkeypatch.setattr("headrace.workers.inference.sources.load_checkpoint", None)
+    monkeypatch.setattr("headrace.workers.inference.sources.loading", None)
     with pytest.raises(ConfigError, match="goes to 'cpu', which has none"):
         init_inference(folder, device="cpu", cuda_graphs=True)
 

@@ -11,7 +11,7 @@ from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
 from headrace.workers.engine import Engine
 from headrace.workers.engines import load_engine
-from headrace.workers.loader import load_checkpoint
+from headrace.workers.loader import load_model
 from tests.support.tiny_models import FAMILIES, make_model, save_model
 
 pytestmark = pytest.mark.gpu
@@ -31,8 +31,8 @@ def test_what_a_gpu_gets_is_what_a_cpu_gets(family, dtype, piece, tmp_path, monk
     monkeypatch.setattr(Model, "pack", lambda model: None)  # each device has its own layout of matrices
     make_model(family).save_pretrained(tmp_path, max_shard_size="100KB")
     checkpoint = Checkpoint(tmp_path)
-    here = load_checkpoint(checkpoint, dtype=dtype, device="cpu").model
-    there = load_checkpoint(checkpoint, dtype=dtype, device="cuda").model
+    here = load_model(checkpoint, dtype=dtype, device="cpu")
+    there = load_model(checkpoint, dtype=dtype, device="cuda")
     expected, found = dict(here.named_parameters()), dict(there.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
@@ -50,7 +50,7 @@ def test_what_is_loaded_beside_a_rehearsal_is_complete(family, tmp_path, monkeyp
     assert isinstance(engine, Engine)
     assert engine._rehearsed == engine.card.max_model_len
     monkeypatch.setattr(Model, "pack", lambda model: None)
-    expected = dict(load_checkpoint(Checkpoint(tmp_path), dtype="auto", device="cpu").model.named_parameters())
+    expected = dict(load_model(tmp_path).named_parameters())
     found = dict(engine._runner.model.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
@@ -62,7 +62,7 @@ def test_loading_needs_no_second_model_of_memory(tmp_path, monkeypatch):
     make_model("llama", hidden_size=1536, intermediate_size=4096, num_hidden_layers=8).save_pretrained(tmp_path)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model = load_checkpoint(Checkpoint(tmp_path), dtype="auto", device="cuda").model
+    model = load_model(tmp_path, device="cuda")
     size = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(parameter.nbytes for parameter in model.parameters())
     assert torch.cuda.max_memory_allocated() - before <= size + 2 * largest + (4 << 20)

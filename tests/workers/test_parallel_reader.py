@@ -18,7 +18,7 @@ from headrace.errors import ModelFilesError
 from headrace.kernels.model import Model
 from headrace.workers import parallel_reader
 from headrace.workers.checkpoint import Checkpoint
-from headrace.workers.loader import load_checkpoint
+from headrace.workers.loader import loading
 from headrace.workers.parallel_reader import ParallelReader
 from tests.support.tiny_models import FAMILIES, make_model, save_model
 
@@ -144,10 +144,10 @@ def test_every_family_is_filled_as_from_mapped_files(family, tmp_path, monkeypat
     checkpoint = Checkpoint(tmp_path)
     seen: list[tuple[int, int]] = []
     told = lambda done, total: seen.append((done, total))  # noqa: E731
-    models = [
-        load_checkpoint(checkpoint, dtype="bfloat16", device="cpu", read_ahead=ahead, progress=told).model
-        for ahead in (False, True)
-    ]
+    models = []
+    for ahead in (False, True):
+        with loading(checkpoint, dtype="bfloat16", device="cpu", read_ahead=ahead, progress=told) as under_way:
+            models.append(under_way.finished().model)
     mapped, read = (dict(model.named_parameters()) for model in models)
     assert mapped.keys() == read.keys()
     assert all(torch.equal(mapped[name], read[name]) for name in mapped)

@@ -20,7 +20,7 @@ from headrace.workers.checkpoint import DTYPES, Checkpoint
 from headrace.workers.inference.config import InferenceConfig
 from headrace.workers.inference.road import has_graphs
 from headrace.workers.inference.tasks import blank_task, task_class
-from headrace.workers.loader import load_checkpoint
+from headrace.workers.loader import loading
 from headrace.workers.models import resolve
 
 __all__ = ["Loaded", "load"]
@@ -79,7 +79,8 @@ def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
     task = None
     if checkpoint.architecture in checkpoint.policy.tasks:
         task = blank_task(task_class(checkpoint.architecture), checkpoint.config)
-    injected = load_checkpoint(checkpoint, dtype=config.dtype, device=device, task=task)
+    with loading(checkpoint, dtype=config.dtype, device=device, task=task) as under_way:
+        injected = under_way.finished()
     if (folder / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(folder)
     else:
