@@ -15,3 +15,12 @@ def _seed():
 def kernels(request):
     """Runs the kernels of ops; the parameter is `interpreted` or `cuda`."""
     return Kernels(request.param)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Names of the kernels that are compiled, or loaded, from now on."""
+    triton = pytest.importorskip("triton")
+    names = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **told: names.append(told["repr"]))
+    return names

@@ -209,13 +209,7 @@ def test_a_captured_decode_serves_contexts_of_any_length(kernels: Kernels, seque
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
-def test_other_lengths_compile_nothing(kernels: Kernels, monkeypatch):
-    import triton
-
-    compiled = []
-    monkeypatch.setattr(
-        triton.knobs.runtime, "jit_post_compile_hook", lambda **details: compiled.append(details["repr"])
-    )
+def test_other_lengths_compile_nothing(kernels: Kernels, compiled):
     spec = make_spec((9, 3, 48), "everything")
     # Decodes in parts; decodes of contexts, or in numbers, that leave nothing to cut.
     warm = [[(1, 500)], [(1, 3)]]

@@ -391,17 +391,23 @@ def test_internal_errors_keep_their_type():
     reader.close()
 
 
+def watch_sleeps(leader) -> list[int]:
+    """Milliseconds that a leader means to sleep from now on, each time."""
+    poll, sleeps = leader.loop._poller.poll, []
+
+    def watched(timeout):
+        sleeps.append(timeout)
+        return poll(timeout)
+
+    leader.loop._poller.poll = watched
+    return sleeps
+
+
 def test_who_stays_awake_does_not_sleep_between_two_requests(broker):
     with leading(broker, awake=LIMIT) as leader:
-        poll, sleeps = leader.loop._poller.poll, []
-
-        def watched(timeout):
-            sleeps.append(timeout)
-            return poll(timeout)
-
         broker.assign(max_tokens=2)
         broker.take(Done)
-        leader.loop._poller.poll = watched
+        sleeps = watch_sleeps(leader)
         broker.take(Heartbeat)  # awake, but not deaf to the clock
         broker.assign(request=b"b" * 16, max_tokens=2)
         broker.take(Done)
@@ -410,15 +416,9 @@ def test_who_stays_awake_does_not_sleep_between_two_requests(broker):
 
 def test_without_being_told_to_it_sleeps_at_once(broker):
     with leading(broker) as leader:
-        poll, sleeps = leader.loop._poller.poll, []
-
-        def watched(timeout):
-            sleeps.append(timeout)
-            return poll(timeout)
-
         broker.assign(max_tokens=2)
         broker.take(Done)
-        leader.loop._poller.poll = watched
+        sleeps = watch_sleeps(leader)
         broker.take(Heartbeat)
         broker.take(Heartbeat)
         assert 0 < len(sleeps) < 20
