@@ -25,6 +25,7 @@ class ModelCard:
         vocab_size: number of logits.
         max_model_len: most tokens of prompt and output together.
         dtype: for example bfloat16.
+        quantization: of the weights of layers: int8, fp8, or empty if they are of that dtype.
         num_parameters: of the model, tied weights counted once.
         eos_token_ids: ids that end a text.
         blobs: file name (TOKENIZER, CHAT_TEMPLATE) -> sha256 of its content in hexadecimal.
@@ -44,6 +45,7 @@ class ModelCard:
     vocab_size: int
     max_model_len: int
     dtype: str = "float32"
+    quantization: str = ""
     num_parameters: int = 0
     eos_token_ids: tuple[int, ...] = ()
     blobs: dict[str, str] = field(default_factory=dict)

@@ -151,7 +151,7 @@ class Block(nn.Module):
             up = mlp.up.projection(second or before, mlp.spec.activation, gated=mlp.spec.gated)
             qkv, inner = linear_both(read, self.qkv.projection(before), up)
             attended, down, last = self._attended(qkv, *around), mlp.down, self.out
-            return linear_sum(inner, down.weight, down.bias, attended, last.weight, last.bias, residual=x)
+            return linear_sum(inner, down.projection(), attended, last.projection(), residual=x)
         attended = self._attended(self.qkv(read, before=before), *around)
         # Attention has read x by now, so the sum may take its place.
         x = mlp(read, second or before, residual=x)

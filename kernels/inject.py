@@ -22,6 +22,7 @@ from headrace.errors import ModelError, ModelFilesError, UnsupportedModelError
 from headrace.kernels.model import Model
 from headrace.kernels.module_weights import ModuleWeights
 from headrace.kernels.policies.base import Layout, Policy, Source
+from headrace.kernels.quantize import NARROW, Scheme, store
 from headrace.kernels.spec import ModelSpec
 
 __all__ = ["Filler", "Injected", "Weights", "all_parameters", "config_of", "inject", "own_spec"]
@@ -74,8 +75,8 @@ class Filler:
             self._sources |= {f"{_TASK}{name}": Source((name,)) for name, _ in task.named_parameters()}
         self._used: set[str] = set()
 
-    def fill(self, parameter_name: str, parameter: Tensor) -> None:
-        """Copy tensors into a parameter, one below the other.
+    def fill(self, parameter_name: str, parameter: Tensor, scale: Tensor | None = None) -> None:
+        """Copy tensors into a parameter, one below the other; if it has factors of its rows, they are quantized.
 
         Raises:
             ModelFilesError: one is missing, they do not add up to the parameter's shape, or the policy names none.
@@ -91,7 +92,7 @@ class Filler:
             stop = start + (len(rows) if rows.ndim else len(stacked) + 1)
             if rows.shape[1:] != stacked.shape[1:] or stop > len(stacked):
                 raise self._wrong_shape({name: tensor}, parameter, source.layout, list(rows.shape))
-            stacked[start:stop].copy_(rows)
+            store(rows, stacked[start:stop], None if scale is None else scale[start:stop])
             start = stop
         if start != len(stacked):
             raise self._wrong_shape(found, parameter, source.layout, f"{start} rows")
@@ -224,6 +225,7 @@ def inject(
     dtype: torch.dtype,
     device: torch.device | str,
     task: nn.Module | None = None,
+    scheme: Scheme | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Injected:
     """Move the weights of a Hugging Face module into a Model; the module is left without any.
@@ -234,6 +236,7 @@ def inject(
         dtype: of the Model.
         device: where the Model goes.
         task: what of the module is left to transformers, without weights; gets those of the module.
+        scheme: in which weights are quantized.
         progress: is told bytes done and bytes in all.
 
     Raises:
@@ -242,15 +245,20 @@ def inject(
     """
     weights = ModuleWeights(module)
     spec = own_spec(policy.spec(config_of(module)), policy, weights, task)
-    model = Model(spec, dtype=dtype, device="meta")
+    model = Model(spec, dtype=dtype, device="meta", scheme=scheme)
     parameters = all_parameters(model, task)
-    weights.rehearse(lambda: _fill_all(Filler(weights, policy, spec, task), parameters))
+    weights.rehearse(lambda: _fill_all(Filler(weights, policy, spec, task), parameters, model.scales()))
+    for projection in model.projections().values():
+        if projection.scale is not None:
+            projection.scale = torch.empty_like(projection.scale, device=device)
+    scales = model.scales()
 
     filler = Filler(weights, policy, spec, task)
-    total, done = sum(blank.numel() * dtype.itemsize for blank in parameters.values()), 0
+    dtypes = {name: blank.dtype if blank.dtype in NARROW else dtype for name, blank in parameters.items()}
+    total, done = sum(blank.numel() * dtypes[name].itemsize for name, blank in parameters.items()), 0
     for name, blank in parameters.items():
-        parameter = nn.Parameter(torch.empty(blank.shape, dtype=dtype, device=device), requires_grad=False)
-        filler.fill(name, parameter)
+        parameter = nn.Parameter(torch.empty(blank.shape, dtype=dtypes[name], device=device), requires_grad=False)
+        filler.fill(name, parameter, scales.get(name))
         for part in (model, task):
             if part is not None:
                 _replace(part, blank, parameter)
@@ -280,9 +288,9 @@ def own_spec(spec: ModelSpec, policy: Policy, weights: Weights, task: nn.Module 
     return dataclasses.replace(spec, head=dataclasses.replace(spec.head, tied=weights.same(*places)))
 
 
-def _fill_all(filler: Filler, parameters: dict[str, nn.Parameter]) -> None:
+def _fill_all(filler: Filler, parameters: dict[str, nn.Parameter], scales: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        filler.fill(name, parameter)
+        filler.fill(name, parameter, scales.get(name))
 
 
 def _replace(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:

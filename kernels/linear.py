@@ -9,6 +9,7 @@ from headrace.kernels.norm import Norm
 from headrace.kernels.ops.linear import fold_norm, linear, pack_weight
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.norm import NormWeights
+from headrace.kernels.quantize import Scheme
 from headrace.kernels.spec import Activation
 
 __all__ = ["Linear"]
@@ -18,13 +19,27 @@ class Linear(nn.Module):
     """x times weight [out, in], plus bias; with what comes before and after in the same pass, where there is a kernel.
 
     A gated one has two halves of rows: gate and up projection.
+
+    Attributes:
+        weight: [out, in].
+        scale: [out], by which rows are multiplied, of one that is quantized.
+        bias: [out].
     """
+
+    scale: Tensor | None
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_size, in_size))
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
+        self.register_buffer("scale", None)
         self._folded: Tensor | None = None
+
+    def quantize(self, scheme: Scheme) -> None:
+        """Be one whose weight is quantized, before it is filled in."""
+        blank = self.weight
+        self.weight = nn.Parameter(torch.empty_like(blank, dtype=scheme.dtype), requires_grad=False)
+        self.scale = torch.empty(len(blank), dtype=blank.dtype, device=blank.device)
 
     def forward(
         self,
@@ -40,6 +55,7 @@ class Linear(nn.Module):
             x,
             self.weight,
             self.bias,
+            scale=self.scale,
             before=before,
             folded=None if before is None else self._folded,
             activation=activation,
@@ -52,7 +68,7 @@ class Linear(nn.Module):
     ) -> Projection:
         """What `forward` would compute with, for ops of several products."""
         folded = None if before is None else self._folded
-        return Projection(self.weight, self.bias, before, folded, activation, gated)
+        return Projection(self.weight, self.bias, self.scale, before, folded, activation, gated)
 
     def pack(self) -> None:
         """Bring the weight into the layout that its device multiplies fastest; nothing can be read from it then."""
@@ -67,7 +83,7 @@ class Linear(nn.Module):
         """
         if self.weight.is_mkldnn:
             return
-        folded = fold_norm(self.weight, norm.weights)
+        folded = fold_norm(self.weight, norm.weights, self.scale)
         if self._folded is None or folded is None or folded.device != self._folded.device:
             self._folded = folded
         else:
@@ -77,4 +93,5 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         """For `print(model)`."""
         out_size, in_size = self.weight.shape
-        return f"{in_size}, {out_size}, bias={self.bias is not None}"
+        stored = "" if self.scale is None else f", {str(self.weight.dtype).removeprefix('torch.')}"
+        return f"{in_size}, {out_size}, bias={self.bias is not None}{stored}"

@@ -13,6 +13,7 @@ from headrace.kernels.mlp import Experts
 from headrace.kernels.norm import Norm
 from headrace.kernels.ops.embedding import embed
 from headrace.kernels.ops.rotary import rotary_table
+from headrace.kernels.quantize import NARROW, Scheme
 from headrace.kernels.spec import EncoderSpec, LayerSpec, ModelSpec, RotarySpec
 
 __all__ = ["Encoder", "Model"]
@@ -54,14 +55,27 @@ def _embedding(count: int, size: int) -> nn.Embedding:
 class Model(nn.Module):
     """A decoder over a paged cache, or an encoder, for ragged batches; built empty, to be filled by a loader."""
 
-    def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        scheme: Scheme | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.scheme = scheme
         # On the meta device nothing is allocated or initialized: every weight is about to be read from a file.
         with torch.device("meta"):
             self._build(spec)
+            if scheme is not None:
+                for projection in self.projections().values():
+                    projection.quantize(scheme)
         # Not `to_empty`: on its way from the meta device torch imports its symbolic shapes: a quarter of a second here.
-        self._apply(lambda blank: torch.empty(blank.shape, dtype=dtype, device=device))  # type: ignore[no-untyped-call]
+        self._apply(  # type: ignore[no-untyped-call]
+            lambda blank: torch.empty(blank.shape, dtype=blank.dtype if blank.dtype in NARROW else dtype, device=device)
+        )
         self.requires_grad_(False)
         if spec.head is not None and spec.head.tied:
             assert self.head is not None
@@ -148,6 +162,16 @@ class Model(nn.Module):
         """What the pooler makes of the first tokens' last hidden states [N, hidden]."""
         assert self.pooler is not None, "the model has no pooler"
         return torch.tanh(self.pooler(x))
+
+    def projections(self) -> dict[str, Linear]:
+        """Those of layers, which may be quantized, by name."""
+        parts = {name: part for name, part in self.named_modules() if isinstance(part, Linear)}
+        return {name: part for name, part in parts.items() if "blocks." in name and not name.endswith(".router")}
+
+    def scales(self) -> dict[str, Tensor]:
+        """Of each weight that is quantized, by the weight's name, the factors of its rows."""
+        found = {f"{name}.weight": part.scale for name, part in self.projections().items()}
+        return {name: scale for name, scale in found.items() if scale is not None}
 
     def pack(self) -> None:
         """Bring all weights into the layout that their device multiplies fastest, once they are filled in.

@@ -120,12 +120,14 @@ def tiles_for(shape: LinearShape, device: torch.device) -> Tiles:
 
 def guess(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
     """What is likely to be good: learned from what was measured on an H200."""
-    if shape.rows == 1 and shape.itemsize == 2 and shape.k <= KEPT and (shape.gated or shape.n > shape.k):
+    if shape.rows == 1 and shape.itemsize < 4 and shape.k <= KEPT and (shape.gated or shape.n > shape.k):
         return _guess_keep(shape, processors)
     if shape.rows <= 2 or (shape.rows <= GEMV_ROWS and (shape.itemsize == 4 or not shape.gated)):
         return _guess_gemv(shape)
-    if shape.itemsize != 2 or shape.rows > _GUESSED_ROWS or (shape.rows > _TILE_ROWS and shape.n * shape.k > _SMALL):
+    if shape.itemsize == 4:
         return Tiles("torch")  # exact products of float32 are not for tensor cores
+    if shape.itemsize == 2 and (shape.rows > _GUESSED_ROWS or (shape.rows > _TILE_ROWS and shape.n * shape.k > _SMALL)):
+        return Tiles("torch")  # what is quantized would have to be made 16-bit first
     return _guess_skinny(shape, processors, shared_memory)
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from headrace.errors import ConfigError
 
-__all__ = ["EngineConfig"]
+__all__ = ["QUANTIZATIONS", "EngineConfig"]
+
+QUANTIZATIONS = ("int8", "fp8")  # headrace.kernels.quantize.SCHEMES, for who must not wait for torch
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
@@ -25,6 +27,7 @@ class EngineConfig:
         gpu_memory_utilization: share of a GPU's memory that the engine may hold.
         prefix_cache: whether sequences share the KV of equal beginnings.
         dtype: of weights and KV; "auto" takes the checkpoint's.
+        quantize: int8 or fp8, in which the weights of layers are kept instead; None keeps them in `dtype`.
         async_scheduling: whether a step is launched before the tokens of the last one are read; None does so on a GPU.
         cuda_graphs: whether what a GPU computes is captured once and replayed, up to some size; a CPU has none.
         device: cpu, cuda or cuda:N; "auto" takes the first GPU if there is one.
@@ -43,6 +46,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     cuda_graphs: bool = True
     dtype: str = "auto"
+    quantize: str | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -60,6 +64,10 @@ class EngineConfig:
             )
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device is {self.device!r}; give auto, cpu, cuda or cuda:N.", param="device")
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantize is {self.quantize!r}; give {' or '.join(QUANTIZATIONS)}, or None.", param="quantize"
+            )
         if self.kv_tokens is not None and self.kv_tokens < self.block_size:
             raise ConfigError(
                 f"kv_tokens is {self.kv_tokens}, less than one block of {self.block_size} tokens; raise it.",

@@ -27,7 +27,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def describe(
-    folder: Path | Checkpoint, *, name: str | None = None, dtype: str = "auto"
+    folder: Path | Checkpoint, *, name: str | None = None, dtype: str = "auto", quantize: str | None = None
 ) -> tuple[ModelCard, dict[str, bytes]]:
     """The card of a model folder, and the content of the files it names.
 
@@ -44,10 +44,16 @@ def describe(
         name=name or checkpoint.folder.name,
         architecture=checkpoint.architecture,
         family=checkpoint.policy.family,
-        fingerprint=_fingerprint(checkpoint, blobs, torch_dtype, generation.get("decoder_start_token_id")),
+        fingerprint=_fingerprint(
+            checkpoint,
+            blobs,
+            f"{torch_dtype} {quantize}" if quantize else torch_dtype,
+            generation.get("decoder_start_token_id"),
+        ),
         vocab_size=spec.vocab_size,
         max_model_len=spec.max_positions,
         dtype=torch_dtype,
+        quantization=quantize or "",
         num_parameters=_num_parameters(checkpoint, tied=spec.head is not None and spec.head.tied),
         eos_token_ids=_end_ids(checkpoint, generation),
         blobs={file: hashlib.sha256(content).hexdigest() for file, content in blobs.items()},

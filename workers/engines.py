@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from headrace.errors import UnsupportedModelError
+from headrace.kernels.quantize import find_scheme
 from headrace.workers.ahead import Rehearsed, rehearse
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
@@ -48,17 +49,19 @@ def load_engine(
             param="model",
         )
     spec = checkpoint.spec
-    card, blobs = describe(checkpoint, name=name, dtype=config.dtype)
+    card, blobs = describe(checkpoint, name=name, dtype=config.dtype, quantize=config.quantize)
     # Asked before the weights are read: who says what an answer begins with is seen at once.
     start_token = start_token_of(
         spec, card, checkpoint.read_json("generation_config.json").get("decoder_start_token_id")
     )
-    device = pick_device(config.device)
+    device, scheme = pick_device(config.device), find_scheme(config.quantize)
+    if scheme is not None:
+        scheme.check(spec, device)
     if device.type == "cuda":
         prepare()
     memory = check_before_loading(spec, card, config, checkpoint.dtype(config.dtype), device)
     rehearsed = Rehearsed()
-    with loading(checkpoint, dtype=config.dtype, device=device, progress=progress) as under_way:
+    with loading(checkpoint, dtype=config.dtype, device=device, scheme=scheme, progress=progress) as under_way:
         if memory is not None and not spec.is_encoder:
             under_way.begin()
             rehearsed = rehearse(under_way.model, card, config, memory, start_token=start_token)

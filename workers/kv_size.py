@@ -16,6 +16,7 @@ from headrace.card import ModelCard
 from headrace.errors import ModelError
 from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
+from headrace.kernels.quantize import find_scheme
 from headrace.kernels.spec import ModelSpec
 from headrace.workers.config import EngineConfig
 from headrace.workers.device import gpu_memory
@@ -130,7 +131,7 @@ def _least_cache(card: ModelCard, config: EngineConfig) -> tuple[int, str | None
 
 def estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype) -> Needs:
     """What is known without the weights."""
-    blank = Model(spec, dtype=dtype, device="meta")
+    blank = Model(spec, dtype=dtype, device="meta", scheme=find_scheme(config.quantize))
     tokens = max(config.max_batch_tokens, model_len(card, config)) if spec.is_encoder else config.max_batch_tokens
     widest = max(max(layer.attention.qkv_size, (3 if layer.mlp.gated else 2) * layer.mlp.size) for layer in spec.layers)
     rows = 0 if spec.is_encoder else config.max_num_seqs

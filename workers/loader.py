@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from headrace.kernels.inject import Filler, Injected, all_parameters, own_spec
 from headrace.kernels.model import Model
 from headrace.kernels.policies import POLICIES
+from headrace.kernels.quantize import Scheme
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.parallel_reader import ParallelReader
 
@@ -35,6 +36,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
+    scheme: Scheme | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """The model of a folder, ready to run.
@@ -43,13 +45,14 @@ def load_model(
         folder: the model folder, or one that was opened already.
         dtype: float32, bfloat16, float16, or auto for the checkpoint's own.
         device: where the weights go.
+        scheme: in which they are quantized.
         progress: is told bytes done and bytes in all.
 
     Raises:
         ModelError: files are missing, damaged or do not fit each other, or the family is not covered.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
-    with loading(checkpoint, dtype=dtype, device=device, progress=progress) as under_way:
+    with loading(checkpoint, dtype=dtype, device=device, scheme=scheme, progress=progress) as under_way:
         return under_way.finished().model
 
 
@@ -60,6 +63,7 @@ def loading(
     dtype: str,
     device: torch.device | str,
     task: nn.Module | None = None,
+    scheme: Scheme | None = None,
     progress: Progress | None = None,
     read_ahead: bool | None = None,
 ) -> Iterator[Loading]:
@@ -74,7 +78,7 @@ def loading(
     device = torch.device(device)
     with _Files(checkpoint) as files:
         spec = own_spec(checkpoint.spec, checkpoint.policy, files, task)
-        model = Model(spec, dtype=checkpoint.dtype(dtype), device=device)
+        model = Model(spec, dtype=checkpoint.dtype(dtype), device=device, scheme=scheme)
         if task is not None:
             task.to(checkpoint.dtype(dtype)).to_empty(device=device).requires_grad_(False)
         filler = Filler(files, checkpoint.policy, spec, task)
@@ -109,6 +113,7 @@ class Loading:
         self.model = model
         self._filler = filler
         self._parameters = parameters
+        self._scales = model.scales()
         self._total = sum(parameter.nbytes for parameter in parameters.values())
         self._told: Progress = (lambda done, total: None) if progress is None else progress
         self._given_up = False
@@ -121,8 +126,8 @@ class Loading:
 
         What is not there yet is zero: who computes with it meanwhile shall find numbers.
         """
-        for parameter in self._parameters.values():
-            parameter.zero_()
+        for tensor in (*self._parameters.values(), *self._scales.values()):
+            tensor.zero_()
         self._thread = Thread(target=self._run, name="loading", daemon=True)
         self._thread.start()
 
@@ -167,7 +172,7 @@ class Loading:
         for name, parameter in self._parameters.items():
             if self._given_up:
                 return
-            self._filler.fill(name, parameter)
+            self._filler.fill(name, parameter, self._scales.get(name))
             done += parameter.nbytes
             if done < self._total:
                 self._told(done, self._total)

@@ -28,6 +28,7 @@ def gemv(
     x,
     weight,
     bias,
+    weight_scale,
     norm_weight,
     folded,
     residual,
@@ -51,8 +52,8 @@ def gemv(
     """Columns BLOCK_N of the product of up to ROWS rows; LANE weights are one load of a thread."""
     let_next_begin(CHAINED)
     columns(
-        tl.program_id(0), x, weight, bias, norm_weight, folded, residual, out, x_stride, residual_stride, num_rows, eps,
-        N, K, NORM, UNIT_OFFSET, ACTIVATION, GATED, CHAINED, ROWS, BLOCK_N, BLOCK_K, LANE,
+        tl.program_id(0), x, weight, bias, weight_scale, norm_weight, folded, residual, out, x_stride, residual_stride,
+        num_rows, eps, N, K, NORM, UNIT_OFFSET, ACTIVATION, GATED, CHAINED, ROWS, BLOCK_N, BLOCK_K, LANE,
     )  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def columns(
     x,
     weight,
     bias,
+    weight_scale,
     norm_weight,
     folded,
     residual,
@@ -91,8 +93,8 @@ def columns(
     w = weights(gate, k, 0, K, BLOCK_K)
     v = weights(up, k, 0, K, BLOCK_K) if GATED else w
     column = first + tl.arange(0, BLOCK_N)
-    of_gate = constants(bias, folded, column, column < N, N * (2 if GATED else 1), NORM)
-    of_up = constants(bias, folded, N + column, column < N, 2 * N, NORM) if GATED else of_gate
+    of_gate = constants(bias, weight_scale, folded, column, column < N, N * (2 if GATED else 1), NORM)
+    of_up = constants(bias, weight_scale, folded, N + column, column < N, 2 * N, NORM) if GATED else of_gate
     wait_for_earlier(CHAINED)
 
     sources, pivots, addends, sums = begin(
@@ -163,8 +165,8 @@ def end(
     """Write what comes out of the sums."""
     gates, ups, means, squares = sums
     for row in tl.static_range(ROWS):
-        value = tl.sum(gates[row], axis=1)
-        other = tl.sum(ups[row], axis=1) if GATED else value
+        value = tl.sum(gates[row], axis=1) * of_gate[2]
+        other = tl.sum(ups[row], axis=1) * of_up[2] if GATED else value
         if NORM is not None:
             mean = tl.sum(means[row], axis=0) / K if NORM == "layer" else 0.0
             variance = tl.maximum(tl.sum(squares[row], axis=0) / K - mean * mean, 0.0)
@@ -198,16 +200,19 @@ def _numbers(tile):
 
 
 @triton.jit
-def constants(bias, folded, column, held, N: tl.constexpr, NORM: tl.constexpr):
-    """What of a layer norm is to be taken off for a mean of 1, and all that is to be added."""
+def constants(bias, weight_scale, folded, column, held, N: tl.constexpr, NORM: tl.constexpr):
+    """What of a layer norm is to be taken off for a mean of 1, all that is to be added, and the factor of the sums."""
     taken = 0.0
     added = 0.0
+    factor = 1.0
     if NORM == "layer":
         taken = tl.load(folded + column, mask=held, other=0.0)
         added = tl.load(folded + N + column, mask=held, other=0.0)
     if bias is not None:
         added += tl.load(bias + column, mask=held, other=0.0).to(tl.float32)
-    return taken, added
+    if weight_scale is not None:
+        factor = tl.load(weight_scale + column, mask=held, other=0.0).to(tl.float32)
+    return taken, added, factor
 
 
 @triton.jit

@@ -32,7 +32,7 @@ def launch_keep(
         *_tensors(first),
         residual,
         outs[0],
-        *((None, None, None, None) if second is None else _tensors(second)),
+        *([None] * 5 if second is None else _tensors(second)),
         None if second is None else outs[1],
         0.0 if spec is None else spec.eps,
         N=sizes[0],
@@ -57,5 +57,5 @@ def launch_keep(
 
 
 def _tensors(part: Projection) -> tuple[Tensor | None, ...]:
-    """Weight, bias, scale and shift of the norm."""
-    return part.weight, part.bias, *((None, None) if part.before is None else part.before[:2])
+    """Weight, bias, factors of its rows, scale and shift of the norm."""
+    return part.weight, part.bias, part.scale, *((None, None) if part.before is None else part.before[:2])

@@ -23,12 +23,14 @@ def keep(
     x,
     weight,
     bias,
+    weight_scale,
     norm_weight,
     norm_bias,
     residual,
     out,
     other_weight,
     other_bias,
+    other_scale,
     other_norm_weight,
     other_norm_bias,
     other_out,
@@ -53,13 +55,13 @@ def keep(
     program = tl.program_id(0)
     if program < PROGRAMS:
         _columns(
-            program, PROGRAMS, x, weight, bias, norm_weight, norm_bias, residual, out, eps,
+            program, PROGRAMS, x, weight, bias, weight_scale, norm_weight, norm_bias, residual, out, eps,
             N, K, NORM, UNIT_OFFSET, ACTIVATION, GATED, CHAINED, BLOCK_N, BLOCK_K, LANE,
         )  # fmt: skip
     elif OTHER_N > 0:
         _columns(
-            program - PROGRAMS, tl.num_programs(0) - PROGRAMS, x, other_weight, other_bias, other_norm_weight,
-            other_norm_bias, None, other_out, eps,
+            program - PROGRAMS, tl.num_programs(0) - PROGRAMS, x, other_weight, other_bias, other_scale,
+            other_norm_weight, other_norm_bias, None, other_out, eps,
             OTHER_N, K, NORM, UNIT_OFFSET, OTHER_ACTIVATION, OTHER_GATED, CHAINED, BLOCK_N, BLOCK_K, LANE,
         )  # fmt: skip
 
@@ -71,6 +73,7 @@ def _columns(
     x,
     weight,
     bias,
+    weight_scale,
     norm_weight,
     norm_bias,
     residual,
@@ -116,12 +119,16 @@ def _columns(
         column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         held = column < N
         value = _product(w, values, LANE)
+        if weight_scale is not None:
+            value *= tl.load(weight_scale + column, mask=held, other=0.0).to(tl.float32)
         if bias is not None:
             value += tl.load(bias + column, mask=held, other=0.0).to(tl.float32)
         if ACTIVATION is not None:
             value = activated(value, ACTIVATION)
         if GATED:
             other = _product(v, values, LANE)
+            if weight_scale is not None:
+                other *= tl.load(weight_scale + N + column, mask=held, other=0.0).to(tl.float32)
             if bias is not None:
                 other += tl.load(bias + N + column, mask=held, other=0.0).to(tl.float32)
             value *= other

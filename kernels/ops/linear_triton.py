@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.chain_triton import chained
+from headrace.kernels.ops.dequantize import dequantize
 from headrace.kernels.ops.gemv_triton import gemv
 from headrace.kernels.ops.keep_launch import launch_keep
 from headrace.kernels.ops.linear import product
@@ -18,12 +19,13 @@ from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.ops.skinny_triton import skinny
+from headrace.kernels.quantize import NARROW
 from headrace.kernels.spec import Activation
 from headrace.kernels.tuning import MOST_ROWS, LinearShape, Tiles, row_bucket, tiles_for
 
 __all__ = ["linear", "share_norm"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *NARROW)
 _FEWEST_ROWS = 16  # of a product on tensor cores
 
 # Counters of the tiles whose depth is cut into parts: as many as there may be tiles, for as many streams as may run at
@@ -40,6 +42,7 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     before: NormWeights | None = None,
     folded: Tensor | None = None,
     activation: Activation | None = None,
@@ -52,6 +55,7 @@ def linear(
         x,
         weight,
         bias,
+        scale=scale,
         before=before,
         folded=folded,
         activation=activation,
@@ -73,6 +77,7 @@ def run(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     before: NormWeights | None = None,
     folded: Tensor | None = None,
     activation: Activation | None = None,
@@ -84,17 +89,19 @@ def run(
     if before is not None and not norms(tiles, before, folded):
         x, before = norm(x, *before), None
     if tiles.kernel == "torch":
-        return _torch(x, weight, bias, activation, gated, residual)
+        return _torch(x, weight, bias, scale, activation, gated, residual)
     x = x if x.stride(1) == 1 else x.contiguous()
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     if tiles.kernel == "keep":
-        return launch_keep(tiles, x, Projection(weight, bias, before, None, activation, gated), residual=residual)[0]
+        return launch_keep(
+            tiles, x, Projection(weight, bias, scale, before, None, activation, gated), residual=residual
+        )[0]
     out = torch.empty((len(x), len(weight) // (2 if gated else 1)), dtype=x.dtype, device=x.device)
     if tiles.kernel == "gemv":
-        _gemv(tiles, x, weight, bias, before, folded, activation, gated, residual, out)
+        _gemv(tiles, x, weight, bias, scale, before, folded, activation, gated, residual, out)
     else:
-        _skinny(tiles, x, weight, bias, activation, gated, residual, out)
+        _skinny(tiles, x, weight, bias, scale, activation, gated, residual, out)
     return out
 
 
@@ -104,7 +111,9 @@ def tiles_of(x: Tensor, weight: Tensor, gated: bool) -> Tiles:
     if not ours:
         return Tiles("torch")
     n, k = len(weight) // (2 if gated else 1), weight.shape[1]
-    return tiles_for(LinearShape(row_bucket(len(x)), n, k, gated, weight.element_size()), x.device)
+    tiles = tiles_for(LinearShape(row_bucket(len(x)), n, k, gated, weight.element_size()), x.device)
+    rounds = tiles.kernel == "skinny" and x.element_size() == 4  # tensor cores, of float32
+    return Tiles("torch") if rounds else tiles
 
 
 def norms(tiles: Tiles, before: NormWeights | None, folded: Tensor | None) -> bool:
@@ -118,10 +127,13 @@ def _torch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    scale: Tensor | None,
     activation: Activation | None,
     gated: bool,
     residual: Tensor | None,
 ) -> Tensor:
+    if scale is not None:
+        weight = dequantize(weight, scale)
     if residual is not None and activation is None and bias is None and not weight.is_mkldnn:
         return residual.addmm_(x, weight.T)  # added on the way out, in float32
     out = product(x, weight, bias)
@@ -135,6 +147,7 @@ def _gemv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    scale: Tensor | None,
     before: NormWeights | None,
     folded: Tensor | None,
     activation: Activation | None,
@@ -148,6 +161,7 @@ def _gemv(
         x,
         weight,
         bias,
+        scale,
         None if before is None else before.weight,
         folded if spec is not None and spec.kind == "layer" else None,
         residual,
@@ -178,6 +192,7 @@ def _skinny(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    scale: Tensor | None,
     activation: Activation | None,
     gated: bool,
     residual: Tensor | None,
@@ -196,6 +211,7 @@ def _skinny(
         x,
         weight,
         bias,
+        scale,
         residual,
         out,
         parts,

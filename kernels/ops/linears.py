@@ -20,6 +20,7 @@ class Projection(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None = None
+    scale: Tensor | None = None
     before: NormWeights | None = None
     folded: Tensor | None = None
     activation: Activation | None = None
@@ -33,25 +34,16 @@ def linear_both(x: Tensor, first: Projection, second: Projection) -> tuple[Tenso
 
 
 @pair
-def linear_sum(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor,
-    other_weight: Tensor,
-    other_bias: Tensor | None,
-    *,
-    residual: Tensor,
-) -> Tensor:
-    """x @ weight.T + bias + other @ other_weight.T + other_bias + residual; returns [T, out].
+def linear_sum(x: Tensor, first: Projection, other: Tensor, second: Projection, *, residual: Tensor) -> Tensor:
+    """`linear` of `x` [T, in] by one projection, and of `other` [T, other in] by another, added up; returns [T, out].
+
+    Neither projection has a norm, an activation or a gate.
 
     Args:
         x: [T, in].
-        weight: [out, in], packed or plain.
-        bias: [out].
+        first: to [T, out].
         other: [T, other in].
-        other_weight: [out, other in], packed or plain.
-        other_bias: [out].
-        residual: [T, out]. It is lost: its memory may be that of the result.
+        second: to [T, out].
+        residual: [T, out], added too. It is lost: its memory may be that of the result.
     """
-    return linear(other, other_weight, other_bias, residual=linear(x, weight, bias, residual=residual))
+    return linear(other, **second._asdict(), residual=linear(x, **first._asdict(), residual=residual))

@@ -28,7 +28,7 @@ _MOST_REGISTERS = 128
 def linear_both(x: Tensor, first: Projection, second: Projection) -> tuple[Tensor, Tensor]:
     """As `headrace.kernels.ops.linears.linear_both`."""
     tiles = _common_tiles((x, first.weight, first.gated), (x, second.weight, second.gated))
-    if tiles is None or not _have_one_norm(tiles, first, second):
+    if tiles is None or not _have_one_norm(tiles, first, second) or (first.scale is None) != (second.scale is None):
         return linear(x, **first._asdict()), linear(x, **second._asdict())
     x = _in_rows(x)
     if tiles.kernel == "keep":
@@ -60,29 +60,23 @@ def linear_both(x: Tensor, first: Projection, second: Projection) -> tuple[Tenso
     return out, other_out
 
 
-def linear_sum(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor,
-    other_weight: Tensor,
-    other_bias: Tensor | None,
-    *,
-    residual: Tensor,
-) -> Tensor:
+def linear_sum(x: Tensor, first: Projection, other: Tensor, second: Projection, *, residual: Tensor) -> Tensor:
     """As `headrace.kernels.ops.linears.linear_sum`."""
-    tiles = _common_tiles((x, weight, False), (other, other_weight, False))
-    if tiles is None or tiles.kernel != "gemv":
-        return linear(other, other_weight, other_bias, residual=linear(x, weight, bias, residual=residual))
+    weight = first.weight
+    tiles = _common_tiles((x, weight, False), (other, second.weight, False))
+    if tiles is None or tiles.kernel != "gemv" or (first.scale is None) != (second.scale is None):
+        return linear(other, **second._asdict(), residual=linear(x, **first._asdict(), residual=residual))
     x, other, residual = map(_in_rows, (x, other, residual))
     out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
     gemv_sum[(triton.cdiv(len(weight), tiles.block_n),)](
         x,
         weight,
-        bias,
+        first.bias,
+        first.scale,
         other,
-        other_weight,
-        other_bias,
+        second.weight,
+        second.bias,
+        second.scale,
         residual,
         out,
         x.stride(0),
@@ -91,7 +85,7 @@ def linear_sum(
         len(x),
         N=len(weight),
         K=weight.shape[1],
-        OTHER_K=other_weight.shape[1],
+        OTHER_K=second.weight.shape[1],
         **_settings(tiles, x, weight),
         **_bounded(tiles, weight),
     )
@@ -121,10 +115,10 @@ def _in_rows(x: Tensor) -> Tensor:
 
 
 def _arguments(part: Projection) -> tuple[Tensor | None, ...]:
-    """What a kernel reads of a projection: weight, bias, scale of the norm, and what is folded into the product."""
+    """What a kernel reads of a projection: weight, bias, factors of its rows, scale of the norm, and what is folded."""
     norm = part.before
     folded = part.folded if norm is not None and norm.spec.kind == "layer" else None
-    return part.weight, part.bias, None if norm is None else norm.weight, folded
+    return part.weight, part.bias, part.scale, None if norm is None else norm.weight, folded
 
 
 def _settings(tiles: Tiles, x: Tensor, weight: Tensor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The kernel of products of up to 256 rows with a 16-bit weight, on tensor cores.
+"""The kernel of products of up to 256 rows with a weight of 16 or 8 bits, on tensor cores, which multiply 16.
 
 A tensor core takes 64 rows of what stands on its left, so that is the weight: few rows of x fill its right side. Tiles
 of fewer than 64 columns, for many rows of x, have the weight on the right. While the kernel before is still running, a
@@ -26,6 +26,7 @@ def skinny(
     x,
     weight,
     bias,
+    weight_scale,
     residual,
     out,
     parts,
@@ -68,8 +69,8 @@ def skinny(
         if GATED:
             _bring_near(gate + N * K, begin, K, SHARE, BLOCK_N)
     if EARLY:
-        first = _tile(gate, begin + k, K, PARTIAL, WIDE)
-        first_up = _tile(gate + N * K, begin + k, K, PARTIAL, WIDE) if GATED else first
+        first = _tile(gate, begin + k, K, PARTIAL, x.dtype.element_ty, WIDE)
+        first_up = _tile(gate + N * K, begin + k, K, PARTIAL, x.dtype.element_ty, WIDE) if GATED else first
     wait_for_earlier(CHAINED)
     held = held[:, None] & (m < num_rows)[None, :]
     if residual is not None:
@@ -78,9 +79,9 @@ def skinny(
             addend = tl.load(addends, mask=held, other=0.0)
     for at in range(begin + (BLOCK_K if EARLY else 0), tl.minimum(begin + SHARE, K), BLOCK_K):
         some = _some(rows, at + k, inside, K, WIDE)
-        value = _added(value, _tile(gate, at + k, K, PARTIAL, WIDE), some, ON_THE_RIGHT)
+        value = _added(value, _tile(gate, at + k, K, PARTIAL, x.dtype.element_ty, WIDE), some, ON_THE_RIGHT)
         if GATED:
-            other = _added(other, _tile(gate + N * K, at + k, K, PARTIAL, WIDE), some, ON_THE_RIGHT)
+            other = _added(other, _tile(gate + N * K, at + k, K, PARTIAL, x.dtype.element_ty, WIDE), some, ON_THE_RIGHT)
     if EARLY:
         some = _some(rows, begin + k, inside, K, WIDE)
         value = _added(value, first, some, ON_THE_RIGHT)
@@ -106,6 +107,10 @@ def skinny(
         if GATED:
             other = _sum(parts + SPLITS * SIZE, place, SPLITS, SIZE)
 
+    if weight_scale is not None:
+        value *= _column(weight_scale, n, n < N)
+        if GATED:
+            other *= _column(weight_scale, N + n, n < N)
     value += of_gate
     other += of_up
     if ACTIVATION is not None:
@@ -123,9 +128,11 @@ def skinny(
 def _bring_near(rows, begin, K: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Ask for a part of rows of the weight, [BLOCK_N, 1], to be brought into the L2 cache, which nobody waits for."""
     SPLIT: tl.constexpr = 1 if BLOCK_N >= 128 else 128 // BLOCK_N  # of a row, so that each thread asks about once
-    PIECE: tl.constexpr = (SHARE + SPLIT * 8 - 1) // (SPLIT * 8) * 8  # values; addresses and sizes are in 16 bytes
+    BYTES: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
+    LINE: tl.constexpr = 16 // BYTES  # values: addresses and sizes are in 16 bytes
+    PIECE: tl.constexpr = (SHARE + SPLIT * LINE - 1) // (SPLIT * LINE) * LINE
     at = begin + tl.arange(0, SPLIT)[None, :] * PIECE
-    size = tl.maximum(tl.minimum(K - at, PIECE), 0) * 2 // 16 * 16
+    size = tl.maximum(tl.minimum(K - at, PIECE), 0) * BYTES // 16 * 16
     places = (rows + tl.minimum(at, K - 1)).to(tl.int64) // 16 * 16
     size = tl.broadcast_to(size, (BLOCK_N, SPLIT))
     tl.inline_asm_elementwise(
@@ -139,10 +146,10 @@ def _bring_near(rows, begin, K: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def _tile(rows, k, K: tl.constexpr, PARTIAL: tl.constexpr, WIDE: tl.constexpr):
+def _tile(rows, k, K: tl.constexpr, PARTIAL: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr):
     """Rows of the weight, as tensor cores take them."""
     tile = tl.load(rows + k[None, :], mask=(k < K)[None, :], other=0.0) if PARTIAL else tl.load(rows + k[None, :])
-    return tile.to(tl.float32) if WIDE else tile
+    return tile.to(tl.float32) if WIDE else tile.to(TYPE)
 
 
 @triton.jit
@@ -160,7 +167,7 @@ def _added(sums, tile, rows, ON_THE_RIGHT: tl.constexpr):
 
 @triton.jit
 def _column(bias, n, held):
-    """What is added to every row."""
+    """What every row has, of a bias or of factors."""
     added = 0.0
     if bias is not None:
         added = tl.load(bias + n, mask=held, other=0.0).to(tl.float32)[:, None]

@@ -27,6 +27,7 @@ import triton.language as tl
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.attention import paged_attention
+from headrace.kernels.ops.dequantize import dequantize
 from headrace.kernels.ops.edits import count, edit
 from headrace.kernels.ops.embedding import embed
 from headrace.kernels.ops.experts import experts
@@ -39,6 +40,7 @@ from headrace.kernels.ops.pooling import pool
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
 from headrace.kernels.ops.sampling import choose
 from headrace.kernels.ops.self_attention import rotate_and_attend
+from headrace.kernels.quantize import SCHEMES
 from headrace.kernels.spec import AttentionSpec, RotarySpec
 from tests.kernels.test_edits import make_tables
 from tests.kernels.test_pairs import ACTIVATIONS, CROWDS, NORMS, QK_NORMS, make_experts
@@ -46,7 +48,8 @@ from tests.kernels.test_pairs_attention import EXTRAS, make_spec
 from tests.kernels.test_pairs_embedding import make as make_tokens
 from tests.kernels.test_pairs_linear import AROUND, FEW, SKINNY, make
 from tests.kernels.test_pairs_linears import AROUND as AROUND_BOTH
-from tests.kernels.test_pairs_linears import BIASES, BOTH, MANY, SUMMED, SUMS, make_both, make_sum, projection
+from tests.kernels.test_pairs_linears import BIASES, BOTH, MANY, SUMS, make_both, make_sum, projection, summed
+from tests.kernels.test_pairs_quantized import quantized
 from tests.kernels.test_sampling_gpu import make_rows
 from tests.support.batches import make_batch
 from tests.support.kernels import Kernels
@@ -82,10 +85,12 @@ def _norm_of_heads(run: Kernels) -> None:
 
 def linear_cases() -> Iterator[Case]:
     """Parts of tiles in each direction, depths in parts, one row and many, no row; all that comes before and after."""
-    for case in [*product([HALF], [*FEW, *SKINNY, (0, 10, 72)], ["all"]), *product([FLOAT], FEW[:2], AROUND)]:
-        given = make(*case)
+    plain = [*product([HALF], [*FEW, *SKINNY, (0, 10, 72)], ["all"]), *product([FLOAT], FEW[:2], AROUND)]
+    for scheme, case in [*product([None], plain), *product(SCHEMES, product([HALF], [*FEW, *SKINNY], ["all"]))]:
+        given = make(*case) if scheme is None else quantized(make(*case), scheme)[0]
         arguments = [given.pop(name) for name in ("x", "weight", "bias")]
-        yield str(case), lambda run, arguments=arguments, given=given: run(linear, *arguments, **given)
+        name = f"{case} {scheme or ''}"
+        yield name, lambda run, arguments=arguments, given=given: run(linear, *arguments, **given)
 
 
 def linear_both_cases() -> Iterator[Case]:
@@ -103,8 +108,15 @@ def linear_sum_cases() -> Iterator[Case]:
     """Likewise, of two depths; with and without biases."""
     for case in product(DTYPES, [*SUMS, (5, 33, 128, 600), (0, 10, 72, 40)], [BIASES[0], BIASES[3]]):
         given, _ = make_sum(*case)
-        arguments, residual = [given[name] for name in SUMMED], given["residual"]
+        arguments, residual = summed(given), given["residual"]
         yield str(case), lambda run, given=(arguments, residual): run(linear_sum, *given[0], residual=given[1])
+
+
+def dequantize_cases() -> Iterator[Case]:
+    """Rows of part of a tile, of several; few of them and many."""
+    for scheme, dtype, shape in product(SCHEMES, DTYPES, [(5, 1030), (1, 16), (70, 129)]):
+        given, _ = quantized({"weight": torch.randn(shape, dtype=dtype)}, scheme)
+        yield f"{scheme} {dtype} {shape}", lambda run, given=given: run(dequantize, given["weight"], given["scale"])
 
 
 def share_norm_cases() -> Iterator[Case]:
@@ -366,6 +378,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "linear": linear_cases,
     "linear_both": linear_both_cases,
     "linear_sum": linear_sum_cases,
+    "dequantize": dequantize_cases,
     "norm": norm_cases,
     "paged_attention": paged_attention_cases,
     "place": place_cases,

@@ -67,6 +67,7 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "activate",
         "choose",
         "count",
+        "dequantize",
         "edit",
         "embed",
         "experts",

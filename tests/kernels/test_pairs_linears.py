@@ -117,11 +117,16 @@ def make_sum(dtype: torch.dtype, shape: tuple[int, int, int, int], biases: str) 
 
 def compute_sum(kernels: Kernels, given: dict[str, Any]) -> torch.Tensor:
     residual = given["residual"].clone()  # it is lost
-    found: torch.Tensor = kernels(linear_sum, *(given[name] for name in SUMMED), residual=residual)
+    found: torch.Tensor = kernels(linear_sum, *summed(given), residual=residual)
     return found
 
 
-SUMMED = ("x", "weight", "bias", "other", "other_weight", "other_bias")
+def summed(given: dict[str, Any]) -> tuple[torch.Tensor, Projection, torch.Tensor, Projection]:
+    """Arguments of the op but the residual."""
+    first, second = (Projection(given[f"{which}weight"], given[f"{which}bias"]) for which in ("", "other_"))
+    return given["x"], first, given["other"], second
+
+
 BIASES = ["none", "first", "second", "first and second"]
 
 
@@ -171,6 +176,5 @@ def test_references_are_those_of_one_product():
     for found, given in zip(linear_both(first["x"], *map(projection, (first, second))), (first, second), strict=True):
         torch.testing.assert_close(found.double(), exactly(given), rtol=1e-5, atol=1e-5)
     given, one = make_sum(FLOAT, (2, 6, 8, 5), "first and second")
-    arguments = [given[name] for name in SUMMED]
-    found = linear_sum(*arguments, residual=given["residual"].clone())
+    found = linear_sum(*summed(given), residual=given["residual"].clone())
     torch.testing.assert_close(found.double(), exactly(one), rtol=1e-5, atol=1e-5)

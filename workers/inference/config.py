@@ -33,7 +33,7 @@ class InferenceConfig:
         heads: likewise its number of attention heads.
         layer_norm_eps: likewise what its norms add to the variance.
         tensor_parallel: GPUs that share the model; this release computes on one.
-        quantize: None; this release has no quantized weights.
+        quantize: int8 or fp8, in which the weights of layers are kept; None keeps them in `dtype`.
         offload: None; this release keeps all weights on the device.
         cuda_graphs: whether a GPU decodes by CUDA graphs, which are captured when first needed: None where it can,
             True or an error, False never.
@@ -51,7 +51,7 @@ class InferenceConfig:
     heads: int | None = None
     layer_norm_eps: float | None = None
     tensor_parallel: int = 1
-    quantize: None = None
+    quantize: str | None = None
     offload: None = None
     cuda_graphs: bool | None = None
 
@@ -122,12 +122,6 @@ class InferenceConfig:
                 f"tensor_parallel is {self.tensor_parallel}, but this release computes on one GPU. Leave it out; if "
                 "the model does not fit, use dtype='bfloat16' or a smaller model.",
                 param="tensor_parallel",
-            )
-        if self.quantize is not None:
-            raise ConfigError(
-                "quantize is given, but this release has no quantized weights. Leave it out and use dtype='bfloat16' "
-                "or 'float16'.",
-                param="quantize",
             )
         if self.offload is not None:
             raise ConfigError(

@@ -1,0 +1,15 @@
+"""Weights as numbers of the model's dtype again, for products of so many rows that a library computes them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from headrace.kernels.ops.pair import pair
+
+__all__ = ["dequantize"]
+
+
+@pair
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """A quantized weight [out, in] times the factors [out] of its rows, in their dtype."""
+    return values.to(scale.dtype).mul_(scale[:, None])

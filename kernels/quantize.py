@@ -1,0 +1,115 @@
+"""How weights are kept in 8 bits: as numbers of a narrow type, and of each row one factor by which they are multiplied.
+
+A row of a weight [out, in] is divided by what makes its largest value the largest of the type. The factor is rounded up
+to the model's dtype first, so that this costs no accuracy. Activations stay as they are: a product multiplies them with
+the narrow numbers and its sums with the factors (`headrace.kernels.ops.linear`).
+
+Only the projections of layers are kept so. Embeddings, norms, biases, routers, heads and experts are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from headrace.errors import ConfigError, UnsupportedModelError
+from headrace.kernels.spec import ModelSpec
+
+__all__ = ["NARROW", "SCHEMES", "Scheme", "find_scheme", "store"]
+
+_ROWS = 4096  # of a weight that are held in float32 at a time
+_BITS = {2: torch.int16, 4: torch.int32}  # of a factor, which is not negative, by its bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """One way.
+
+    Attributes:
+        name: int8 or fp8.
+        dtype: of the narrow numbers.
+        largest: of them.
+        whole: whether they are whole numbers, to which is rounded.
+        capability: the least CUDA compute capability that computes with them.
+    """
+
+    name: str
+    dtype: torch.dtype
+    largest: float
+    whole: bool
+    capability: tuple[int, int] = (0, 0)
+
+    def quantize(self, rows: Tensor, values: Tensor, scale: Tensor) -> None:
+        """Write rows [n, in] as narrow numbers [n, in] and factors [n]; what is no number stays none in its factor."""
+        for some, those, theirs in zip(*(torch.split(each, _ROWS) for each in (rows, values, scale)), strict=True):
+            wide = some.to(scale.device, torch.float32)
+            widest = wide.abs().amax(dim=1)
+            theirs.copy_(widest / self.largest)
+            rounded_down = theirs.float() * self.largest < widest
+            theirs.view(_BITS[scale.element_size()]).add_(rounded_down)  # the next number
+            wide /= theirs.float().clamp_(min=torch.finfo(torch.float32).tiny)[:, None]  # of zeros come zeros
+            wide.clamp_(-self.largest, self.largest)
+            those.copy_(wide.round_() if self.whole else wide)
+
+    def check(self, spec: ModelSpec, device: torch.device) -> None:
+        """Refuse what cannot be done.
+
+        Raises:
+            ConfigError: the device is too old a GPU.
+            UnsupportedModelError: the model has experts, in which nearly all of its weights are.
+        """
+        if any(layer.mlp.experts is not None for layer in spec.layers):
+            raise UnsupportedModelError(
+                f"quantize is {self.name!r}, but experts are not quantized in this release, and nearly all weights of "
+                "this model are in its experts. Leave it out.",
+                param="quantize",
+            )
+        if device.type != "cuda" or (found := torch.cuda.get_device_capability(device)) >= self.capability:
+            return
+        wanted, has = (".".join(map(str, version)) for version in (self.capability, found))
+        raise ConfigError(
+            f"quantize is {self.name!r}, which takes a GPU of compute capability {wanted}; "
+            f"{torch.cuda.get_device_name(device)} has {has}. Use 'int8', which every GPU computes.",
+            param="quantize",
+        )
+
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        scheme.name: scheme
+        for scheme in (
+            Scheme(name="int8", dtype=torch.int8, largest=127.0, whole=True),
+            Scheme(name="fp8", dtype=torch.float8_e4m3fn, largest=448.0, whole=False, capability=(8, 9)),
+        )
+    }
+)
+_BY_DTYPE = {scheme.dtype: scheme for scheme in SCHEMES.values()}
+NARROW = frozenset(_BY_DTYPE)  # what weights are stored in that have factors
+
+
+def find_scheme(name: str | None) -> Scheme | None:
+    """The scheme of that name; None for none.
+
+    Raises:
+        ConfigError: there is no such scheme.
+    """
+    if name is None:
+        return None
+    if name not in SCHEMES:
+        raise ConfigError(
+            f"quantize is {name!r}; give one of {', '.join(SCHEMES)}, or leave it out for weights as they are.",
+            param="quantize",
+        )
+    return SCHEMES[name]
+
+
+def store(rows: Tensor, values: Tensor, scale: Tensor | None) -> None:
+    """Write rows of a weight [n, in] as they are kept: as they are, or quantized, with the factors of the rows [n]."""
+    if scale is None:
+        values.copy_(rows)
+    else:
+        _BY_DTYPE[values.dtype].quantize(rows, values, scale)
