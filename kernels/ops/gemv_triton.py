@@ -19,6 +19,7 @@ import triton.language as tl
 
 from headrace.kernels.ops.activation_triton import activated
 from headrace.kernels.ops.chain_triton import let_next_begin, wait_for_earlier
+from headrace.kernels.ops.narrow_triton import packed, wide
 
 __all__ = ["add", "begin", "columns", "constants", "end", "gemv", "places", "walk", "weights"]
 
@@ -88,7 +89,7 @@ def columns(
     first = tile * BLOCK_N
     gate = places(weight, first, N, K, BLOCK_N, BLOCK_K)
     k = tl.arange(0, BLOCK_K)
-    up = gate + N * K
+    up = places(weight + N * K, first, N, K, BLOCK_N, BLOCK_K) if GATED else gate
     # Weights are there before what comes before is done; what they are multiplied with is not.
     w = weights(gate, k, 0, K, BLOCK_K)
     v = weights(up, k, 0, K, BLOCK_K) if GATED else w
@@ -112,8 +113,10 @@ def columns(
 def places(weight, first, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Where the first tile of some rows of the weight is."""
     n = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1) - first  # past the end, the last one again
-    k = tl.arange(0, BLOCK_K)
-    return weight + first.to(tl.int64) * K + (n[:, None] * K + k[None, :])
+    start = packed(weight + first.to(tl.int64) * K, K)
+    PACK: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // weight.dtype.element_ty.primitive_bitwidth
+    k = tl.arange(0, BLOCK_K // PACK)
+    return start + (n[:, None] * (K // PACK) + k[None, :])
 
 
 @triton.jit
@@ -186,17 +189,15 @@ def end(
 
 @triton.jit
 def weights(places, k, at, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile of the weight as it is stored; `_numbers` makes numbers of it."""
+    """A tile of the weight as it is stored."""
+    PACK: tl.constexpr = BLOCK_K // places.shape[1]
+    if PACK > 1:
+        k = tl.arange(0, BLOCK_K // PACK) * PACK
     if K % BLOCK_K == 0:
-        tile = tl.load(places + at, eviction_policy="evict_first")
+        tile = tl.load(places + at // PACK, eviction_policy="evict_first")
     else:
-        tile = tl.load(places + at, mask=(at + k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        tile = tl.load(places + at // PACK, mask=(at + k < K)[None, :], other=0.0, eviction_policy="evict_first")
     return tile
-
-
-@triton.jit
-def _numbers(tile):
-    return tile.to(tl.float32)
 
 
 @triton.jit
@@ -271,8 +272,8 @@ def add(
 ):
     """The sums with those of one tile added."""
     gates, ups, means, squares = sums
-    w = _numbers(w)
-    v = _numbers(v)
+    w = wide(w)
+    v = wide(v)
     scale = 1.0
     if norm_weight is not None:
         scale = _values(norm_weight, k, K, BLOCK_K)

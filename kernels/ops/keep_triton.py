@@ -14,6 +14,7 @@ import triton.language as tl
 
 from headrace.kernels.ops.activation_triton import activated
 from headrace.kernels.ops.chain_triton import let_next_begin, wait_for_earlier
+from headrace.kernels.ops.narrow_triton import packed, wide
 
 __all__ = ["keep"]
 
@@ -144,11 +145,14 @@ def _weights(weight, tile, k, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.cons
     """Rows of the weight as they are stored; nothing is read past the last."""
     row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     held = (row < N)[:, None]
+    start = packed(weight, K)
+    PACK: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // weight.dtype.element_ty.primitive_bitwidth
+    if PACK > 1:
+        k = tl.arange(0, BLOCK_K // PACK)
     if K != BLOCK_K:
-        held &= (k < K)[None, :]
-    return tl.load(
-        weight + row.to(tl.int64)[:, None] * K + k[None, :], mask=held, other=0.0, eviction_policy="evict_first"
-    )
+        held &= (k < K // PACK)[None, :]
+    place = row.to(tl.int64)[:, None] * (K // PACK) + k[None, :]
+    return tl.load(start + place, mask=held, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -160,6 +164,6 @@ def _values(start, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def _product(w, values, LANE: tl.constexpr):
     """Sums [rows of the weight]; first of what a thread holds side by side."""
-    products = w.to(tl.float32) * values[None, :]
+    products = wide(w) * values[None, :]
     by_thread = tl.sum(tl.reshape(products, (products.shape[0], products.shape[1] // LANE, LANE)), axis=2)
     return tl.sum(by_thread, axis=1)
