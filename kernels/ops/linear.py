@@ -10,12 +10,15 @@ from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.dequantize import dequantize
 from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.ops.pair import pair
+from headrace.kernels.ops.rows import round_rows
 from headrace.kernels.spec import Activation
+from headrace.kernels.tuning import GEMV_ROWS
 
-__all__ = ["fold_norm", "linear", "pack_weight", "product", "share_norm"]
+__all__ = ["fold_norm", "linear", "pack_weight", "product", "rounds", "share_norm"]
 
 _TYPICAL_ROWS = 8  # the layout that serves it is best from 1 to 512 rows (`headrace bench latency`)
 _FOLDED_ROWS = 4096  # of a weight that are held in float32 at a time
+_FP8_TILE = 16  # values in which products of fp8 are counted, in both directions
 _FEW_ROWS = 32  # of which each costs as much as the first
 
 
@@ -34,6 +37,8 @@ def linear(
 ) -> Tensor:
     """activation(norm(x) @ weight.T * scale + bias) + residual, or as much of it as is asked for; returns [T, out].
 
+    If `rounds` says so, rows are rounded to fp8 before they are multiplied.
+
     Args:
         x: [T, in].
         weight: [out, in], packed or plain; gated [2 * out, in], with the gate above the up projection.
@@ -45,7 +50,10 @@ def linear(
         gated: whether there is a gate.
         residual: [T, out]. It is lost: its memory may be that of the result.
     """
-    if before is not None:
+    if rounds(x, weight):
+        rows, factors = round_rows(x, before)
+        x = (rows.float() * factors).to(x.dtype)
+    elif before is not None:
         x = norm(x, *before)
     out = product(x, weight, bias, scale)
     if activation is not None:
@@ -60,6 +68,15 @@ def share_norm(x: Tensor, before: NormWeights) -> tuple[Tensor, NormWeights | No
     The norm is computed once, where `linear` would not get it for nothing.
     """
     return norm(x, *before), None
+
+
+def rounds(x: Tensor, weight: Tensor) -> bool:
+    """Whether rows `x` [T, in] are rounded to fp8 to be multiplied with a weight in fp8.
+
+    If they are so many that tensor cores, which multiply their like, are what they need. Fewer wait for the weight.
+    """
+    whole = not (weight.shape[0] % _FP8_TILE or weight.shape[1] % _FP8_TILE)
+    return weight.dtype is torch.float8_e4m3fn and len(x) > GEMV_ROWS and whole
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

@@ -14,10 +14,11 @@ from headrace.kernels.ops.chain_triton import chained
 from headrace.kernels.ops.dequantize import dequantize
 from headrace.kernels.ops.gemv_triton import gemv
 from headrace.kernels.ops.keep_launch import launch_keep
-from headrace.kernels.ops.linear import product
+from headrace.kernels.ops.linear import product, rounds
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.norm import NormWeights, norm
+from headrace.kernels.ops.rows import halve_rows, round_rows
 from headrace.kernels.ops.skinny_triton import skinny
 from headrace.kernels.quantize import NARROW
 from headrace.kernels.spec import Activation
@@ -86,7 +87,9 @@ def run(
 ) -> Tensor:
     """`linear` with tiles that are given; for measurements."""
     assert activation is not None or not gated, "a gate has an activation"
-    if before is not None and not norms(tiles, before, folded):
+    if scale is not None and rounds(x, weight):
+        return _rounded(x, weight, bias, scale, before, activation, gated, residual)
+    if before is not None and not norms(tiles, before, folded, narrow=scale is not None):
         x, before = norm(x, *before), None
     if tiles.kernel == "torch":
         return _torch(x, weight, bias, scale, activation, gated, residual)
@@ -101,7 +104,8 @@ def run(
     if tiles.kernel == "gemv":
         _gemv(tiles, x, weight, bias, scale, before, folded, activation, gated, residual, out)
     else:
-        _skinny(tiles, x, weight, bias, scale, activation, gated, residual, out)
+        rows, factors = (x, None) if scale is None else halve_rows(x, before)
+        _skinny(tiles, rows, factors, weight, bias, scale, activation, gated, residual, out)
     return out
 
 
@@ -112,14 +116,16 @@ def tiles_of(x: Tensor, weight: Tensor, gated: bool) -> Tiles:
         return Tiles("torch")
     n, k = len(weight) // (2 if gated else 1), weight.shape[1]
     tiles = tiles_for(LinearShape(row_bucket(len(x)), n, k, gated, weight.element_size()), x.device)
-    rounds = tiles.kernel == "skinny" and x.element_size() == 4  # tensor cores, of float32
-    return Tiles("torch") if rounds else tiles
+    unfit = x.element_size() == 4 or weight.dtype is torch.float8_e4m3fn
+    return Tiles("torch") if tiles.kernel == "skinny" and unfit else tiles
 
 
-def norms(tiles: Tiles, before: NormWeights | None, folded: Tensor | None) -> bool:
+def norms(tiles: Tiles, before: NormWeights | None, folded: Tensor | None, *, narrow: bool) -> bool:
     """Whether a kernel takes a norm itself, or there is none."""
     if before is None or tiles.kernel == "keep":
         return True
+    if tiles.kernel == "skinny":
+        return narrow
     return tiles.kernel == "gemv" and (before.spec.kind == "rms" or folded is not None)
 
 
@@ -137,6 +143,33 @@ def _torch(
     if residual is not None and activation is None and bias is None and not weight.is_mkldnn:
         return residual.addmm_(x, weight.T)  # added on the way out, in float32
     out = product(x, weight, bias)
+    if activation is not None:
+        out = activate(out, activation, gated=gated)
+    return out if residual is None else out.add_(residual)
+
+
+def _rounded(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    before: NormWeights | None,
+    activation: Activation | None,
+    gated: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """By a library's product of fp8, whose results are of bfloat16."""
+    rows, factors = round_rows(x, before)
+    narrow = torch.bfloat16
+    out = torch._scaled_mm(
+        rows,
+        weight.T,
+        scale_a=factors,
+        scale_b=scale.float()[None, :],
+        bias=None if bias is None else bias.to(narrow),
+        out_dtype=narrow,
+        use_fast_accum=True,
+    ).to(x.dtype)
     if activation is not None:
         out = activate(out, activation, gated=gated)
     return out if residual is None else out.add_(residual)
@@ -190,6 +223,7 @@ def _gemv(
 def _skinny(
     tiles: Tiles,
     x: Tensor,
+    factors: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -198,9 +232,9 @@ def _skinny(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    n = out.shape[1]
-    rows = max(_FEWEST_ROWS, tiles.block_m or row_bucket(len(x)))
-    columns, row_tiles = triton.cdiv(n, tiles.block_n), triton.cdiv(len(x), rows)
+    count, n = out.shape
+    rows = max(_FEWEST_ROWS, tiles.block_m or row_bucket(count))
+    columns, row_tiles = triton.cdiv(n, tiles.block_n), triton.cdiv(count, rows)
     parts = counters = None
     if tiles.splits > 1:
         assert columns * row_tiles <= _MOST_TILES, "so many tiles need not be cut"
@@ -211,19 +245,20 @@ def _skinny(
         x,
         weight,
         bias,
+        factors,
         scale,
         residual,
         out,
         parts,
         counters,
-        x.stride(0),
+        x.stride(-2),
         0 if residual is None else residual.stride(0),
-        len(x),
+        count,
         N=n,
         K=weight.shape[1],
         ACTIVATION=activation,
         GATED=gated,
-        WIDE=_WIDE_DOTS,
+        WIDE=_WIDE_DOTS and factors is None,
         SPLITS=tiles.splits,
         ROWS=rows,
         BLOCK_N=tiles.block_n,

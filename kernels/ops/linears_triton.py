@@ -106,7 +106,7 @@ def _have_one_norm(tiles: Tiles, first: Projection, second: Projection) -> bool:
     """Whether a kernel can take the norms of both, whose scales and shifts may differ, or neither has one."""
     if first.before is None or second.before is None:
         return first.before is second.before
-    known = all(norms(tiles, part.before, part.folded) for part in (first, second))
+    known = all(norms(tiles, part.before, part.folded, narrow=part.scale is not None) for part in (first, second))
     return known and first.before.spec == second.before.spec
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["OPTIONS", "round_to_bfloat16", "sigmoid", "tanh"]
+__all__ = ["OPTIONS", "round_to_bfloat16", "round_to_fp8", "sigmoid", "tanh"]
 
 # Of every launch. Triton 3.9 warns if nobody says whether a * b + c may be rounded once, and 3.10 changes its mind.
 OPTIONS = {"enable_fp_fusion": True}
@@ -32,3 +32,11 @@ def round_to_bfloat16(x):
     bits = x.to(tl.int32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)
     return (bits & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_to_fp8(x):
+    """The nearest fp8 (e4m3) of numbers up to 448, ties to even, as float32. The interpreter's cast loses carries."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
+    step = ((tl.maximum(exponent, 121) - 3) << 23).to(tl.float32, bitcast=True)  # between neighbours of three digits
+    return (x / step + 12582912.0 - 12582912.0) * step  # 1.5 * 2**23, which has no place for fractions

@@ -1,4 +1,4 @@
-"""The kernel of products of up to 256 rows with a weight of 16 or 8 bits, on tensor cores, which multiply 16.
+"""The kernel of products of up to 256 rows with a weight of 16 bits, or of int8, on tensor cores.
 
 A tensor core takes 64 rows of what stands on its left, so that is the weight: few rows of x fill its right side. Tiles
 of fewer than 64 columns, for many rows of x, have the weight on the right. While the kernel before is still running, a
@@ -26,6 +26,7 @@ def skinny(
     x,
     weight,
     bias,
+    factors,
     weight_scale,
     residual,
     out,
@@ -53,11 +54,17 @@ def skinny(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
+    # Whole numbers of x come in two halves, one below the other.
+    HALVES: tl.constexpr = factors is not None
+    LINES: tl.constexpr = ROWS * (2 if HALVES else 1)
+    TYPE: tl.constexpr = tl.int32 if HALVES else tl.float32
     gate = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # past the end, the last one again
-    rows = x + m.to(tl.int64)[:, None] * x_stride
-    inside = (m < num_rows)[:, None]
+    line = tl.arange(0, LINES)
+    source = tl.program_id(2) * ROWS + line % ROWS
+    inside = (source < num_rows)[:, None]
+    rows = x + (source + line // ROWS * num_rows).to(tl.int64)[:, None] * x_stride
     ON_THE_RIGHT: tl.constexpr = BLOCK_N < 64
-    value = tl.zeros((ROWS, BLOCK_N) if ON_THE_RIGHT else (BLOCK_N, ROWS), tl.float32)
+    value = tl.zeros((LINES, BLOCK_N) if ON_THE_RIGHT else (BLOCK_N, LINES), TYPE)
     other = value
     held = n < N
     of_gate = _column(bias, n, held)
@@ -69,8 +76,8 @@ def skinny(
         if GATED:
             _bring_near(gate + N * K, begin, K, SHARE, BLOCK_N)
     if EARLY:
-        first = _tile(gate, begin + k, K, PARTIAL, x.dtype.element_ty, WIDE)
-        first_up = _tile(gate + N * K, begin + k, K, PARTIAL, x.dtype.element_ty, WIDE) if GATED else first
+        first = _tile(gate, begin + k, K, PARTIAL, WIDE)
+        first_up = _tile(gate + N * K, begin + k, K, PARTIAL, WIDE) if GATED else first
     wait_for_earlier(CHAINED)
     held = held[:, None] & (m < num_rows)[None, :]
     if residual is not None:
@@ -79,9 +86,9 @@ def skinny(
             addend = tl.load(addends, mask=held, other=0.0)
     for at in range(begin + (BLOCK_K if EARLY else 0), tl.minimum(begin + SHARE, K), BLOCK_K):
         some = _some(rows, at + k, inside, K, WIDE)
-        value = _added(value, _tile(gate, at + k, K, PARTIAL, x.dtype.element_ty, WIDE), some, ON_THE_RIGHT)
+        value = _added(value, _tile(gate, at + k, K, PARTIAL, WIDE), some, ON_THE_RIGHT)
         if GATED:
-            other = _added(other, _tile(gate + N * K, at + k, K, PARTIAL, x.dtype.element_ty, WIDE), some, ON_THE_RIGHT)
+            other = _added(other, _tile(gate + N * K, at + k, K, PARTIAL, WIDE), some, ON_THE_RIGHT)
     if EARLY:
         some = _some(rows, begin + k, inside, K, WIDE)
         value = _added(value, first, some, ON_THE_RIGHT)
@@ -90,6 +97,9 @@ def skinny(
     if ON_THE_RIGHT:
         value = tl.trans(value)
         other = tl.trans(other)
+    if HALVES:
+        value = _whole(value)
+        other = _whole(other)
 
     if SPLITS > 1:
         place = tl.arange(0, BLOCK_N)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -107,10 +117,11 @@ def skinny(
         if GATED:
             other = _sum(parts + SPLITS * SIZE, place, SPLITS, SIZE)
 
-    if weight_scale is not None:
-        value *= _column(weight_scale, n, n < N)
+    if HALVES:
+        factor = tl.load(factors + m, mask=m < num_rows, other=0.0)[None, :]
+        value *= _column(weight_scale, n, n < N) * factor
         if GATED:
-            other *= _column(weight_scale, N + n, n < N)
+            other *= _column(weight_scale, N + n, n < N) * factor
     value += of_gate
     other += of_up
     if ACTIVATION is not None:
@@ -146,10 +157,10 @@ def _bring_near(rows, begin, K: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def _tile(rows, k, K: tl.constexpr, PARTIAL: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr):
+def _tile(rows, k, K: tl.constexpr, PARTIAL: tl.constexpr, WIDE: tl.constexpr):
     """Rows of the weight, as tensor cores take them."""
     tile = tl.load(rows + k[None, :], mask=(k < K)[None, :], other=0.0) if PARTIAL else tl.load(rows + k[None, :])
-    return tile.to(tl.float32) if WIDE else tile.to(TYPE)
+    return tile.to(tl.float32) if WIDE else tile
 
 
 @triton.jit
@@ -162,7 +173,19 @@ def _some(rows, k, inside, K: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _added(sums, tile, rows, ON_THE_RIGHT: tl.constexpr):
     """Sums with the products of a tile of the weight and rows of x, both along their depth."""
-    return tl.dot(rows, tl.trans(tile), sums) if ON_THE_RIGHT else tl.dot(tile, tl.trans(rows), sums)
+    if ON_THE_RIGHT:
+        sums = tl.dot(rows, tl.trans(tile), sums, out_dtype=sums.dtype)
+    else:
+        sums = tl.dot(tile, tl.trans(rows), sums, out_dtype=sums.dtype)
+    return sums
+
+
+@triton.jit
+def _whole(sums):
+    """Sums of both halves of the rows, side by side, as one of the rows."""
+    halves = tl.reshape(sums, (sums.shape[0], 2, sums.shape[1] // 2))
+    upper, lower = tl.split(tl.permute(halves, (0, 2, 1)))
+    return upper.to(tl.float32) * 256.0 + lower.to(tl.float32)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -38,6 +39,7 @@ from headrace.kernels.ops.norm import norm
 from headrace.kernels.ops.placement import EXPECTED, place
 from headrace.kernels.ops.pooling import pool
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
+from headrace.kernels.ops.rows import halve_rows, round_rows
 from headrace.kernels.ops.sampling import choose
 from headrace.kernels.ops.self_attention import rotate_and_attend
 from headrace.kernels.quantize import SCHEMES
@@ -117,6 +119,13 @@ def dequantize_cases() -> Iterator[Case]:
     for scheme, dtype, shape in product(SCHEMES, DTYPES, [(5, 1030), (1, 16), (70, 129)]):
         given, _ = quantized({"weight": torch.randn(shape, dtype=dtype)}, scheme)
         yield f"{scheme} {dtype} {shape}", lambda run, given=given: run(dequantize, given["weight"], given["scale"])
+
+
+def rows_cases(op: Callable[..., object]) -> Iterator[Case]:
+    """Parts of a tile and whole ones, with and without norms; one row, several and none."""
+    for dtype, shape, name in product(DTYPES, [(3, 1001), (1, 16), (0, 40)], ["plain", "layer", "rms"]):
+        given = make(dtype, (shape[0], 4, shape[1]), name)
+        yield f"{dtype} {shape} {name}", lambda run, given=given: run(op, given["x"], given.get("before"))
 
 
 def share_norm_cases() -> Iterator[Case]:
@@ -379,6 +388,8 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "linear_both": linear_both_cases,
     "linear_sum": linear_sum_cases,
     "dequantize": dequantize_cases,
+    "halve_rows": partial(rows_cases, halve_rows),
+    "round_rows": partial(rows_cases, round_rows),
     "norm": norm_cases,
     "paged_attention": paged_attention_cases,
     "place": place_cases,

@@ -72,6 +72,7 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "embed",
         "experts",
         "full_attention",
+        "halve_rows",
         "linear",
         "linear_both",
         "linear_sum",
@@ -81,6 +82,7 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "pool",
         "rotate_and_attend",
         "rotate_and_cache",
+        "round_rows",
         "share_norm",
     }
 

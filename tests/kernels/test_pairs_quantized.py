@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from headrace.kernels.ops.dequantize import dequantize
-from headrace.kernels.ops.linear import fold_norm, linear
+from headrace.kernels.ops.linear import fold_norm, linear, rounds
 from headrace.kernels.ops.linears import linear_both, linear_sum
+from headrace.kernels.ops.norm import norm
+from headrace.kernels.ops.rows import halve_rows, round_rows
 from headrace.kernels.quantize import SCHEMES, store
-from headrace.kernels.tuning import Tiles
+from headrace.kernels.tuning import MOST_ROWS, Tiles
 from tests.kernels.test_pairs import DTYPES
 from tests.kernels.test_pairs_linear import FEW, SKINNY, check, compute, compute_with, make
 from tests.kernels.test_pairs_linears import BOTH, SUMS, make_both, make_sum, projection, summed
@@ -39,6 +41,20 @@ def quantized(given: dict[str, Any], scheme: str, *, weight: str = "weight") -> 
     return given | named, given | {weight: meant}
 
 
+def check_product(kernels: Kernels, found: torch.Tensor, given: dict[str, Any], meant: dict[str, Any]) -> None:
+    """Of rows that are rounded first, which has a test of its own; of so many that the weight becomes 16-bit; or else
+    as it is."""
+    if rounds(given["x"], given["weight"]):
+        rows, factors = kernels(round_rows, given["x"], given.get("before"))
+        assert found.dtype is given["x"].dtype
+        meant = {name: value for name, value in meant.items() if name not in ("before", "folded")}
+        check(found.to(BFLOAT), meant | {"x": rows.double() * factors.double()}, BFLOAT)  # a library's products
+        return
+    if len(given["x"]) > MOST_ROWS:
+        meant = meant | {"weight": meant["weight"].to(given["x"].dtype)}
+    check(found, meant)
+
+
 @cases(
     [*product(NAMES, [HALF], FEW, ["all"]), *product(NAMES, [BFLOAT, FLOAT], FEW[:2], ["gated", "layer"])],
     [*product(NAMES, DTYPES, [*FEW, *GPU_FEW], ["all", "gated", "layer", "rms", "residual", "plain"])],
@@ -46,7 +62,7 @@ def quantized(given: dict[str, Any], scheme: str, *, weight: str = "weight") -> 
 def test_few_rows(kernels: Kernels, case):
     scheme, *shape = case
     given, meant = quantized(make(*shape), scheme)
-    check(compute(kernels, given), meant)
+    check_product(kernels, compute(kernels, given), given, meant)
 
 
 @cases(
@@ -56,33 +72,40 @@ def test_few_rows(kernels: Kernels, case):
 def test_skinny(kernels: Kernels, case):
     scheme, *shape = case
     given, meant = quantized(make(*shape), scheme)
-    check(compute(kernels, given), meant)
+    check_product(kernels, compute(kernels, given), given, meant)
 
 
-@cases(product(NAMES, [FLOAT], SKINNY[:2], ["all"]))
+@cases(product(["int8"], [FLOAT], SKINNY[:2], ["all"]))
 def test_float32_stays_exact(kernels: Kernels, case):
     """Tensor cores would round it."""
     scheme, *shape = case
     given, meant = quantized(make(*shape), scheme)
-    check(compute(kernels, given), meant)
+    check_product(kernels, compute(kernels, given), given, meant)
+
+
+# Tiles that the table would not choose, and rows; of few rows for both kinds, of many for whole numbers alone.
+FEW_TILES = [(Tiles("gemv", 4, 512, 1), 2), (Tiles("keep", 16, 2048, 8, programs=2), 1), (Tiles("torch"), 3)]
+TILES = [
+    *[(Tiles("skinny", 64, 64, 4, 3, 3, early=True), 5), (Tiles("skinny", 16, 128, 4, 3, 8, ahead=True), 70)],
+    *[(Tiles("skinny", 64, 128, 4, 3, 3, block_m=64), 70), (Tiles("skinny", 32, 64, 4, 3, 2, block_m=32), 97)],
+]
+GPU_FEW_TILES = [
+    *[(Tiles("gemv", 4, 2048, 4), 1), (Tiles("gemv", 8, 512, 2), 4), (Tiles("keep", 2, 2048, 4, programs=264), 1)],
+]
+GPU_TILES = [
+    *[(Tiles("skinny", 64, 128, 4, 4, 2, early=True), 16), (Tiles("skinny", 128, 64, 8, 4, 1, block_m=128), 256)],
+    *[(Tiles("skinny", 64, 256, 4, 3, 2, ahead=True), 16), (Tiles("skinny", 32, 128, 4, 4, 3, ahead=True), 33)],
+    *[(Tiles("skinny", 128, 128, 8, 3, 1, block_m=64), 128), (Tiles("skinny", 64, 128, 4, 4, 3, block_m=32), 250)],
+]
 
 
 @cases(
-    [
-        *[(Tiles("gemv", 4, 512, 1), 2), (Tiles("keep", 16, 2048, 8, programs=2), 1), (Tiles("torch"), 3)],
-        *[(Tiles("skinny", 64, 64, 4, 3, 3, early=True), 5), (Tiles("skinny", 16, 128, 4, 3, 8, ahead=True), 70)],
-        (Tiles("skinny", 64, 128, 4, 3, 3, block_m=64), 70),
-    ],
-    [
-        *[(Tiles("gemv", 4, 2048, 4), 1), (Tiles("gemv", 8, 512, 2), 4), (Tiles("keep", 2, 2048, 4, programs=264), 1)],
-        *[(Tiles("skinny", 64, 128, 4, 4, 2, early=True), 16), (Tiles("skinny", 128, 64, 8, 4, 1, block_m=128), 256)],
-        *[(Tiles("skinny", 64, 256, 4, 3, 2, ahead=True), 16), (Tiles("skinny", 32, 128, 4, 4, 3, ahead=True), 33)],
-    ],
+    [*product(NAMES, FEW_TILES), *product(["int8"], TILES)],
+    [*product(NAMES, GPU_FEW_TILES), *product(["int8"], GPU_TILES)],
 )
-@pytest.mark.parametrize("scheme", NAMES)
-def test_tiles_make_no_difference(kernels: Kernels, case, scheme):
-    tiles, rows = case
-    given, meant = quantized(make(HALF, (rows, 70, 1096), "all"), scheme)
+def test_tiles_make_no_difference(kernels: Kernels, case):
+    scheme, (tiles, rows) = case
+    given, meant = quantized(make(HALF, (rows, 70, 1104), "all"), scheme)
     check(compute_with(kernels, tiles, given), meant)
 
 
@@ -98,8 +121,8 @@ def test_two_products_of_one_input(kernels: Kernels, case):
     both = [quantized(given, scheme) for given in make_both(*shapes)]
     projections = [projection(given) for given, _ in both]
     found = kernels(linear_both, both[0][0]["x"], *projections)
-    for each, (_, meant) in zip(found, both, strict=True):
-        check(each, meant)
+    for each, (given, meant) in zip(found, both, strict=True):
+        check_product(kernels, each, given, meant)
 
 
 @cases(
@@ -128,11 +151,66 @@ def test_dequantize(kernels: Kernels, case):
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
 
 
+# Of rows with a value far from the others, of zeros, of one part of a tile and several.
+ROWS = [(3, 40), (5, 1100), (70, 128), (1, 4096)]
+
+
+@cases(
+    product([HALF, BFLOAT, FLOAT], ROWS, ["plain", "layer", "rms"]),
+    product([BFLOAT], [(300, 14336), (8, 28672)], ["plain"]),
+)
+def test_rows_in_8_bits(kernels: Kernels, case):
+    dtype, (rows, size), around = case
+    given = make(dtype, (rows, 4, size), around)
+    x, before = given["x"], given.get("before")
+    x[0, 1] = 100.0
+    x[1:2] = 0.0
+    normed = x.double()
+    if before is not None:
+        normed = norm(normed, *(each.double() if isinstance(each, torch.Tensor) else each for each in before))
+    largest = normed.abs().amax(dim=1, keepdim=True)
+    slack = 1e-5 * (largest + normed.abs())  # of a norm in float32
+    halves, factors = kernels(halve_rows, x, before)
+    assert (halves.dtype, factors.dtype) == (torch.int8, FLOAT)
+    whole = 256 * halves[0].double() + halves[1].double()
+    error = (whole * factors.double()[:, None] - normed).abs()
+    assert (error - largest / 65024 * 1.001 - slack).max() <= 0
+    rounded, factors = kernels(round_rows, x, before)
+    assert (rounded.dtype, factors.dtype, factors.shape) == (torch.float8_e4m3fn, FLOAT, (rows, 1))
+    step = torch.maximum(normed.abs() / 16, largest / 448 * 2**-10)
+    error = (rounded.double() * factors.double() - normed).abs()
+    assert (error - step * 1.001 - slack).max() <= 0
+
+
+@cases(["halve_rows", "round_rows"])
+def test_what_is_not_a_number_stays_in_its_row(kernels: Kernels, case):
+    x = torch.randn(4, 70)
+    x[1, 3], x[2, 5] = torch.nan, torch.inf
+    _, factors = kernels({"halve_rows": halve_rows, "round_rows": round_rows}[case], x)
+    assert factors.flatten().isfinite().tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("op", [halve_rows, round_rows])
+def test_references_of_rows(op):
+    x = torch.randn(5, 64)
+    x[1], x[2, 3] = 0.0, torch.nan
+    rows, factors = op(x)
+    wide = rows.float()
+    meant = wide * factors if op is round_rows else (256 * wide[0] + wide[1]) * factors[:, None]
+    kept = [0, 1, 3, 4]
+    torch.testing.assert_close(meant[kept], x[kept], rtol=1 / 16 if op is round_rows else 0, atol=1e-2)
+    assert meant[2].isnan().all()
+
+
 @pytest.mark.parametrize("scheme", NAMES)
 @pytest.mark.parametrize("dtype", [BFLOAT, HALF, FLOAT])
 @pytest.mark.parametrize("rows", [1, 20, 40])
 def test_the_reference_is_the_product_with_what_is_meant(scheme, dtype, rows):
-    given, meant = quantized(make(dtype, (rows, 40, 96), "all"), scheme)
+    given, meant = quantized(make(dtype, (rows, 48, 96), "all"), scheme)
     copy = {name: value for name, value in given.items() if name not in ("x", "weight", "bias", "residual")}
     found = linear(given["x"], given["weight"], given["bias"], residual=given["residual"].clone(), **copy)
-    check(found, meant)
+    if rounds(given["x"], given["weight"]):
+        rows, factors = round_rows(given["x"], given["before"])
+        meant = {name: value for name, value in meant.items() if name not in ("before", "folded")}
+        meant["x"] = rows.double() * factors.double()
+    check(found, meant, dtype)
