@@ -194,7 +194,7 @@ def _narrow_tiles(found: Product, rows: int) -> Iterator[tuple[int, int, int, in
         return
     for block_m, block_n, block_k, warps, stages in _NARROW_TILES:
         height = block_n * (2 if found.gated else 1)
-        held = (stages - 1) * (height + 2 * block_m) * block_k
+        held = (stages * 2 * block_m + (stages - 1) * height) * block_k  # as Triton has them in flight
         if block_m <= rows and block_m * height <= 32 * warps * _MOST_SUMS and held <= _SHARED_MEMORY:
             yield block_m if block_m < rows else 0, block_n, block_k, warps, stages
 
