@@ -12,8 +12,8 @@ serving      a pool as `headrace up` starts it, under load from load; openai_str
 startup      from a fresh process to the first token; everything remakes the table of all of it
 traces       what the kernels of a step took
 report       rows as a table and as JSON, which plots makes into pictures
-tune         the tiles of products on this GPU, which kernels/tuned stores; a command of its own, whose second half is
-             tune_layers
+tune         the tiles of products on this GPU, which kernels/tuned stores; a command of its own, which tries what
+             tune_ways knows and whose second half is tune_layers
 broker       tokens through one broker process, with the processes of echo around it
 
 Importing any of these imports neither torch nor transformers; that is for the child processes.

@@ -68,7 +68,7 @@ def compare(session: Session, source: Source, *, requests: int, prompt_tokens: i
     )
     rate, first = (float(value or 0.0) for value in inside)
     case = {"requests": requests, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
-    common = {"model": source.name, "dtype": model["dtype"]}
+    common = {"model": source.name, "dtype": model["dtype"], "quantize": source.quantize}
     session.report.add(
         Row(
             measure="compare throughput",

@@ -255,7 +255,8 @@ class Comparison:
 
     def _profile(self, case: Case, model: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         runner, measure = self._runners[0], MEASURES[case.measure]
-        path = folder / f"{case.source.name}-{case.measure}-batch-{case.batch}.trace.json"
+        parts = (case.source.name, case.source.quantize, case.measure, f"batch-{case.batch}")
+        path = folder / f"{'-'.join(part for part in parts if part)}.trace.json"
         try:
             found: dict[str, Any] = runner.ask(
                 "profile",
@@ -287,10 +288,11 @@ class Comparison:
             more_is_better=measure.more_is_better,
             model=case.source.name,
             dtype=dtype,
+            quantize=case.source.quantize,
             case=load,
             figures=figures,
             limit=measure.figure(case, least),
-            **self._report.known(case.measure, case.source.shape, dtype, **load),
+            **self._report.known(case.measure, case.source.shape, dtype, case.source.quantize, **load),
         )
         self._report.add(row)
         said = ", ".join(f"{name} {_said(figure)}" for name, figure in figures.items())
@@ -316,7 +318,8 @@ def _compare(
 
 
 def _named(case: Case) -> str:
-    return f"{case.measure} {case.source.name} batch {case.batch} prompt {case.prompt_tokens}"
+    quantize = f" {case.source.quantize}" if case.source.quantize else ""
+    return f"{case.measure} {case.source.name}{quantize} batch {case.batch} prompt {case.prompt_tokens}"
 
 
 def _said(figure: dict[str, Any]) -> str:

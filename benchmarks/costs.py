@@ -4,6 +4,8 @@ Read are weights, once per step, and keys and values of what a token sees; of an
 are read, which count for nothing. What is written, and read again while the caches of the chip hold it, is not counted:
 the floor is what no implementation can do without. Operations are those of matrix products, an addition and a
 multiplication counted as two; of causal attention the half above the diagonal is not counted.
+
+Of quantized weights (`headrace.kernels.quantize`) a projection's are a byte each, and a factor for each row is read.
 """
 
 from __future__ import annotations
@@ -42,24 +44,45 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class _Weights:
+    """A number of weights.
+
+    Attributes:
+        count: all of them.
+        narrow: those of projections, which are kept in 8 bits where a model is quantized.
+        factors: of the rows of these, which are read besides, where it is.
+    """
+
+    count: float = 0
+    narrow: float = 0
+    factors: float = 0
+
+    def __add__(self, other: _Weights) -> _Weights:
+        return _Weights(self.count + other.count, self.narrow + other.narrow, self.factors + other.factors)
+
+
+@dataclass(frozen=True, slots=True)
 class Costs:
     """Of one model in one precision.
 
     Attributes:
         spec: of the model.
         itemsize: bytes of one weight, key or value.
+        quantized: whether the weights of the layers' projections are a byte each instead, with factors of `itemsize`.
     """
 
     spec: ModelSpec
     itemsize: int
+    quantized: bool = False
 
     def step(self, batch: int, context: float, source: float = 0.0) -> Cost:
         """One step in which `batch` sequences decode a token each, every one seeing `context` tokens, itself included,
         and, in an encoder-decoder, `source` tokens of its text."""
-        weights = sum(_read_by(layer, self.spec.hidden_size, batch) for layer in self.spec.layers) + self._head()
+        weights = sum((_read_by(layer, self.spec.hidden_size, batch) for layer in self.spec.layers), _Weights())
         used = sum(_used_by(layer, self.spec.hidden_size) for layer in self.spec.layers) + self._head()
         seen = self.context(context, source)
-        return Cost(weights * self.itemsize + batch * seen.bytes, batch * (2 * used + seen.flops))
+        read = self._bytes(weights) + self._head() * self.itemsize
+        return Cost(read + batch * seen.bytes, batch * (2 * used + seen.flops))
 
     def context(self, context: float, source: float = 0.0) -> Cost:
         """Keys and values that one token sees, in all layers."""
@@ -92,13 +115,20 @@ class Costs:
             pairs = length * seen - (seen * seen / 2 if attention.causal else 0)
             flops = 2 * tokens * _used_by(layer, hidden)
             flops += 4 * batch * attention.num_heads * attention.head_dim * pairs
-            cost += Cost(_read_by(layer, hidden, tokens) * self.itemsize, flops)
+            cost += Cost(self._bytes(_read_by(layer, hidden, tokens)), flops)
         return cost
 
     def _sources(self, batch: int, length: int) -> Cost:
         """What is made of an encoder's states for the layers that look across, and the first token's step."""
-        made = sum(_cross_states(layer.cross, self.spec.hidden_size) for layer in self.spec.layers if layer.cross)
-        return Cost(made * self.itemsize, 2 * made * batch * length) + self.step(batch, 1, length)
+        crossed = (layer.cross for layer in self.spec.layers if layer.cross)
+        made = sum((_cross_states(cross, self.spec.hidden_size) for cross in crossed), _Weights())
+        return Cost(self._bytes(made), 2 * made.count * batch * length) + self.step(batch, 1, length)
+
+    def _bytes(self, weights: _Weights) -> float:
+        """Of some weights, as they are kept."""
+        if not self.quantized:
+            return weights.count * self.itemsize
+        return weights.narrow + (weights.count - weights.narrow + weights.factors) * self.itemsize
 
     def _head(self) -> int:
         """Weights between the last hidden state and the logits."""
@@ -134,12 +164,12 @@ def _last(spec: ModelSpec) -> int:
 
 def _layer(layer: LayerSpec, hidden: int) -> int:
     """All parameters of one layer."""
-    count = _attention(layer, hidden) + (_cross_states(layer.cross, hidden) if layer.cross else 0)
+    weights = _attention(layer, hidden) + (_cross_states(layer.cross, hidden) if layer.cross else _Weights())
     experts = layer.mlp.experts
-    return count + _mlp(layer.mlp, hidden, 1 if experts is None else experts.count)
+    return round((weights + _mlp(layer.mlp, hidden, 1 if experts is None else experts.count)).count)
 
 
-def _read_by(layer: LayerSpec, hidden: int, tokens: int) -> float:
+def _read_by(layer: LayerSpec, hidden: int, tokens: int) -> _Weights:
     """Weights of one layer that `tokens` tokens need; of experts, as many as tokens that choose at random choose."""
     experts, asked = layer.mlp.experts, 1.0
     if experts is not None:
@@ -150,36 +180,42 @@ def _read_by(layer: LayerSpec, hidden: int, tokens: int) -> float:
 def _used_by(layer: LayerSpec, hidden: int) -> float:
     """Weights of one layer that one token is multiplied with."""
     experts = layer.mlp.experts
-    return _attention(layer, hidden) + _mlp(layer.mlp, hidden, 1 if experts is None else experts.per_token)
+    return (_attention(layer, hidden) + _mlp(layer.mlp, hidden, 1 if experts is None else experts.per_token)).count
 
 
-def _attention(layer: LayerSpec, hidden: int) -> int:
+def _attention(layer: LayerSpec, hidden: int) -> _Weights:
     """Attention and norms; of attention across, what a decoded token needs."""
     attention = layer.attention
     norms = (1 if layer.shared_norm else 2) + (2 if layer.placement == "sandwich" else 0)
-    count = norms * _norm(layer.norm, hidden)
-    count += _linear(hidden, attention.qkv_size, attention.qkv_bias) + 2 * _norm(attention.qk_norm, attention.head_dim)
-    count += _linear(attention.num_heads * attention.head_dim, hidden, attention.out_bias)
+    weights = _Weights(norms * _norm(layer.norm, hidden) + 2 * _norm(attention.qk_norm, attention.head_dim))
+    weights += _projection(hidden, attention.qkv_size, attention.qkv_bias)
+    weights += _projection(attention.num_heads * attention.head_dim, hidden, attention.out_bias)
     if (cross := layer.cross) is not None:
         inner = cross.num_heads * cross.head_dim
-        count += _norm(layer.norm, hidden)
-        count += _linear(hidden, inner, cross.qkv_bias) + _linear(inner, hidden, cross.out_bias)
-    return count
+        weights += _Weights(_norm(layer.norm, hidden))
+        weights += _projection(hidden, inner, cross.qkv_bias) + _projection(inner, hidden, cross.out_bias)
+    return weights
 
 
-def _cross_states(cross: AttentionSpec, hidden: int) -> int:
-    return _linear(hidden, 2 * cross.num_kv_heads * cross.head_dim, cross.qkv_bias)
+def _cross_states(cross: AttentionSpec, hidden: int) -> _Weights:
+    return _projection(hidden, 2 * cross.num_kv_heads * cross.head_dim, cross.qkv_bias)
 
 
-def _mlp(mlp: MLPSpec, hidden: int, asked: float) -> int:
+def _mlp(mlp: MLPSpec, hidden: int, asked: float) -> _Weights:
     rows = mlp.size * (2 if mlp.gated else 1)
-    one = _linear(hidden, rows, mlp.bias) + _linear(mlp.size, hidden, mlp.bias)
-    return round(asked * one) + (hidden * mlp.experts.count if mlp.experts is not None else 0)
+    one = _projection(hidden, rows, mlp.bias) + _projection(mlp.size, hidden, mlp.bias)
+    if mlp.experts is None:
+        return one
+    return _Weights(round(asked * one.count) + hidden * mlp.experts.count)  # experts and routers stay as they are
 
 
 def _relative(layers: tuple[LayerSpec, ...]) -> int:
     attention = layers[0].attention
     return attention.relative.num_buckets * attention.num_heads if attention.relative else 0
+
+
+def _projection(in_size: int, out_size: int, bias: bool) -> _Weights:
+    return _Weights(_linear(in_size, out_size, bias), in_size * out_size, out_size)
 
 
 def _linear(in_size: int, out_size: int, bias: bool) -> int:

@@ -6,18 +6,18 @@
     compare     in process, and through broker and client
     serve       at a steady rate
 
-A shape of which figures are published gets just their cases; any other one a small case of each part. What needs
-weights in fewer bits is listed as not measured.
+A shape of which figures are published gets just their cases; any other one a small case of each part. Those of weights
+in 8 bits come after the others of their part, in `decode` and `prefill`. If all is to be quantized, all cases of the
+shape are measured so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
 
 from headrace.benchmarks.compare import compare
 from headrace.benchmarks.measure import Case
-from headrace.benchmarks.measures import MEASURES
 from headrace.benchmarks.published import PUBLISHED, Published
 from headrace.benchmarks.report import Row
 from headrace.benchmarks.serving import Load, serve_source
@@ -66,14 +66,15 @@ def measure_everything(session: Session, parts: Sequence[str]) -> None:
 
 
 def _decode(session: Session, source: Source) -> None:
-    generates = session.model(source)["generates"]
-    session.compare(_cases(session, source, "decode" if generates else "encode"))
-    _add_unmeasured(session, source)
+    measure = "decode" if session.model(source)["generates"] else "encode"
+    session.compare([*_cases(session, source, measure), *_quantized(session, source, measure)])
 
 
 def _prompts(session: Session, source: Source) -> None:
     if session.model(source)["generates"]:
-        session.compare([*_cases(session, source, "prefill"), *_cases(session, source, "throughput")])
+        measures = ("prefill", "throughput")
+        cases = [case for measure in measures for case in _cases(session, source, measure)]
+        session.compare([*cases, *(case for measure in measures for case in _quantized(session, source, measure))])
 
 
 def _startup(session: Session, source: Source) -> None:
@@ -131,18 +132,32 @@ def _wanted(source: Source, measure: str) -> bool:
 def _cases(session: Session, source: Source, measure: str) -> list[Case]:
     """Those of published figures, or one small case."""
     if not _entries(source):
-        batch, prompt, output = _SMALL[measure]
-        return [_case(source, measure, batch, prompt, output)]
+        return [_case(source, measure, *_SMALL[measure])]
+    found = _published(session, source, measure)
+    return list(dict.fromkeys(_of(source, entry) for entry in found if entry.quantize in (None, source.quantize)))
+
+
+def _quantized(session: Session, source: Source, measure: str) -> list[Case]:
+    """Those of published figures of a model that is quantized where this one is not."""
+    if source.quantize is not None:
+        return []
+    found = [entry for entry in _published(session, source, measure) if entry.quantize is not None]
+    return [_of(replace(source, quantize=entry.quantize), entry) for entry in found]
+
+
+def _published(session: Session, source: Source, measure: str) -> list[Published]:
+    """What is published of a measurement in the type of a model."""
     dtype = session.model(source)["dtype"]
-    cases = []
-    for entry in _entries(source):
-        if entry.measure == measure and entry.dtype == dtype:
-            assert entry.prompt_tokens is not None
-            output = entry.output_tokens or _OUTPUTS[measure]
-            if measure == "decode" and entry.batch == 1:
-                output = _ONE_TOKEN_OUTPUTS
-            cases.append(_case(source, measure, entry.batch, entry.prompt_tokens, output))
-    return cases
+    return [entry for entry in _entries(source) if entry.measure == measure and entry.dtype == dtype]
+
+
+def _of(source: Source, entry: Published) -> Case:
+    """The case of published figures, of a model."""
+    assert entry.prompt_tokens is not None
+    output = entry.output_tokens or _OUTPUTS[entry.measure]
+    if entry.measure == "decode" and entry.batch == 1:
+        output = _ONE_TOKEN_OUTPUTS
+    return _case(source, entry.measure, entry.batch, entry.prompt_tokens, output)
 
 
 def _case(source: Source, measure: str, batch: int, prompt: int, output: int) -> Case:
@@ -157,32 +172,6 @@ def _case(source: Source, measure: str, batch: int, prompt: int, output: int) ->
     )
 
 
-def _add_unmeasured(session: Session, source: Source) -> None:
-    """Goals that ask for what is not there yet."""
-    own = session.model(source)["dtype"]
-    for entry in _entries(source):
-        if entry.measure not in MEASURES or not entry.dtype.endswith(" weights"):
-            continue
-        measure = MEASURES[entry.measure]
-        case: dict[str, Any] = {"batch": entry.batch, "prompt_tokens": entry.prompt_tokens}
-        case |= {} if entry.output_tokens is None else {"output_tokens": entry.output_tokens}
-        known = session.report.known(entry.measure, source.shape, entry.dtype, **case)
-        if known:
-            session.report.add(
-                Row(
-                    measure=entry.measure,
-                    title=measure.title,
-                    unit=measure.unit,
-                    more_is_better=measure.more_is_better,
-                    model=source.name,
-                    dtype=entry.dtype,
-                    case=case,
-                    figures={session.ours: {"error": f"weights in fewer bits than {own} are not run yet"}},
-                    **known,
-                )
-            )
-
-
 def _failed(part: str, source: Source, why: str) -> Row:
     return Row(
         measure=part,
@@ -190,6 +179,7 @@ def _failed(part: str, source: Source, why: str) -> Row:
         unit="-",
         model=source.name,
         dtype=source.dtype,
+        quantize=source.quantize,
         case={},
         figures={"headrace": {"error": why}},
     )

@@ -38,9 +38,8 @@ class Headrace:
 
         torch.set_grad_enabled(False)
         started = time.perf_counter()
-        config = config_for(
-            room, spec_of(source).max_positions, dtype=source.dtype, device=str(self._device), graphs=self._graphs
-        )
+        max_positions = spec_of(source).max_positions
+        config = config_for(room, source, max_positions, device=str(self._device), graphs=self._graphs)
         self._engine = self._from_folder(source, config) if source.folder else self._from_shape(source, config, room)
         loaded = time.perf_counter()
         self._engine.warm_up()
@@ -126,29 +125,34 @@ class Headrace:
         from headrace.card import ModelCard
         from headrace.kernels.inject import inject
         from headrace.kernels.policies import find_policy
+        from headrace.kernels.quantize import find_scheme
         from headrace.tasks import EMBED, GENERATE
         from headrace.workers.encoder_engine import EncoderEngine
         from headrace.workers.engine import Engine
 
         module = random_module(source, self._device, room.seed)
-        architecture = type(module).__name__
-        model = inject(module, find_policy(architecture), dtype=module.dtype, device=self._device).model
+        architecture, scheme = type(module).__name__, find_scheme(source.quantize)
+        if scheme is not None:
+            scheme.check(spec_of(source), self._device)
+        policy = find_policy(architecture)
+        model = inject(module, policy, dtype=module.dtype, device=self._device, scheme=scheme).model
         spec = model.spec
         card = ModelCard(
             name=source.name,
             architecture=architecture,
-            family=find_policy(architecture).family,
+            family=policy.family,
             fingerprint="random",
             vocab_size=spec.vocab_size,
             max_model_len=spec.max_positions,
+            quantization=source.quantize or "",
             tasks=(EMBED,) if spec.is_encoder else (GENERATE,),
             embedding_size=spec.hidden_size if spec.is_encoder else 0,
         )
         return (EncoderEngine if spec.is_encoder else Engine)(model, card, config)
 
 
-def config_for(room: Room, max_positions: int, *, dtype: str, device: str, graphs: bool) -> EngineConfig:
-    """Settings of an engine that has the room, and nothing cached from prompt to prompt."""
+def config_for(room: Room, source: Source, max_positions: int, *, device: str, graphs: bool) -> EngineConfig:
+    """Settings of an engine of a model that has the room, and nothing cached from prompt to prompt."""
     return EngineConfig(
         max_model_len=min(room.length + _BLOCK, max_positions),
         max_num_seqs=room.sequences,
@@ -158,6 +162,7 @@ def config_for(room: Room, max_positions: int, *, dtype: str, device: str, graph
         kv_tokens=room.tokens + 4 * _BLOCK * room.sequences,
         prefix_cache=False,
         cuda_graphs=graphs,
-        dtype=dtype,
+        dtype=source.dtype,
+        quantize=source.quantize,
         device=device,
     )

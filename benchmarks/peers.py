@@ -1,6 +1,7 @@
 """Others as subjects: transformers as it is and compiled, DeepSpeed's kernel injection, vLLM. Imported when used.
 
-A peer that is not installed, or that fails, says so in its row. DeepSpeed and vLLM are driven by their public names.
+A peer that is not installed, cannot quantize as it is asked to, or fails, says so in its row. DeepSpeed and vLLM are
+driven by their public names.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,12 @@ class Transformers:
         self._module: Any = None
 
     def load(self, source: Source, room: Room) -> dict[str, Any]:
-        """The module."""
+        """The module.
+
+        Raises:
+            UnsupportedModelError: it is to be quantized.
+        """
+        _check(self.package, source, ())
         import torch
 
         torch.set_grad_enabled(False)
@@ -116,6 +122,14 @@ class DeepSpeed(Transformers):
         return engine.module
 
 
+def _check(package: str, source: Source, schemes: Sequence[str]) -> None:
+    """Refuse a model that a peer cannot quantize while it loads it: weights of 16 bits would be compared with 8."""
+    if source.quantize is not None and source.quantize not in schemes:
+        raise UnsupportedModelError(
+            f"{package} has no mode here in which it keeps a model's weights as {source.quantize}", param="peer"
+        )
+
+
 class _Clock:
     """A streamer of transformers that only looks at the time when tokens come."""
 
@@ -143,7 +157,12 @@ class VLLM:
         self._requests = 0
 
     def load(self, source: Source, room: Room) -> dict[str, Any]:
-        """The engine, warm; of a shape with weights of its own making."""
+        """The engine, warm; of a shape with weights of its own making.
+
+        Raises:
+            UnsupportedModelError: it is to be quantized as vLLM does not do it while it loads.
+        """
+        _check("vLLM", source, ("fp8",))
         import torch
         from vllm import LLM
 
@@ -159,6 +178,7 @@ class VLLM:
             model=str(Path(folder)),
             load_format=load_format,
             dtype=source.dtype if source.shape is None else SHAPES[source.shape].dtype,
+            quantization=source.quantize,
             skip_tokenizer_init=True,
             max_model_len=room.length + 1,
             max_num_seqs=room.sequences,

@@ -70,7 +70,7 @@ def plot_report(facts: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> 
 
 def _label(row: Row) -> str:
     case = row.case
-    parts = [row.model]
+    parts = [row.name]
     parts += [f"batch {case['batch']}"] if "batch" in case else []
     parts += [f"{case['requests']} requests"] if "requests" in case else []
     parts += [f"at {case['rate']}/s"] if "rate" in case else []
@@ -149,7 +149,7 @@ def _phases(axes: Axes, group: Sequence[Row]) -> None:
         axes.text(left, at, f" {amount(left)}", va="center", fontsize=7)
         if row.goal:
             axes.vlines(row.goal, at - 0.4, at + 0.4, color=_GOAL, linestyle="--", label="goal" if at == 0 else "_goal")
-    axes.set_yticks(range(len(group)), [row.model for row in group], fontsize=8)
+    axes.set_yticks(range(len(group)), [row.name for row in group], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("s")
 

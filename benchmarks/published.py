@@ -31,6 +31,7 @@ class Published:
         measure: as in `headrace bench`.
         shape: of the model.
         dtype: of its weights.
+        quantize: int8 or fp8, in which those of its layers are kept instead; None if they are not.
         batch: sequences at once.
         prompt_tokens: of each; None where it does not matter.
         output_tokens: of each, likewise.
@@ -44,13 +45,16 @@ class Published:
     batch: int = 1
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    quantize: str | None = None
     goal: float | None = None
     peers: dict[str, Value] = field(default_factory=dict)
 
 
-def _decode(shape: str, dtype: str, goal: float | None, peers: dict[str, Value], **case: int) -> Published:
+def _decode(
+    shape: str, dtype: str, goal: float | None, peers: dict[str, Value], quantize: str | None = None, **case: int
+) -> Published:
     load = {"batch": 1, "prompt_tokens": 128} | case
-    return Published(measure="decode", shape=shape, dtype=dtype, goal=goal, peers=peers, **load)
+    return Published(measure="decode", shape=shape, dtype=dtype, quantize=quantize, goal=goal, peers=peers, **load)
 
 
 def _batches(shape: str, dtype: str, prompt: int, figures: dict[int, tuple[float, float | None]]) -> list[Published]:
@@ -60,9 +64,18 @@ def _batches(shape: str, dtype: str, prompt: int, figures: dict[int, tuple[float
     ]
 
 
-def _throughput(shape: str, dtype: str, goal: float | None, vllm: float) -> Published:
-    load = {"batch": 256, "prompt_tokens": 512, "output_tokens": 256}
-    return Published(measure="throughput", shape=shape, dtype=dtype, goal=goal, peers={_VLLM: vllm}, **load)
+def _throughput(shape: str, dtype: str, goal: float | None, vllm: float, quantize: str | None = None) -> Published:
+    return Published(
+        measure="throughput",
+        shape=shape,
+        dtype=dtype,
+        quantize=quantize,
+        batch=256,
+        prompt_tokens=512,
+        output_tokens=256,
+        goal=goal,
+        peers={_VLLM: vllm},
+    )
 
 
 PUBLISHED: list[Published] = [
@@ -88,8 +101,8 @@ PUBLISHED: list[Published] = [
         goal=0.45,
         peers={_EAGER: 7.9, _DEEPSPEED: 4.28},
     ),
-    _decode("llama-8b", "fp8 weights", 2.3, {_VLLM: 3.47}),
-    _decode("llama-8b", "int8 weights", 2.3, {}),
+    _decode("llama-8b", "bfloat16", 2.3, {_VLLM: 3.47}, "fp8"),
+    _decode("llama-8b", "bfloat16", 2.3, {}, "int8"),  # DeepSpeed has such a mode, but none that runs
     # At a context of about 1,088 tokens: the middle of an output of 128 behind a prompt of 1,024.
     *_batches("llama-8b", "bfloat16", 1024, {16: (5.63, 4.5), 64: (7.63, 6.5)}),
     *_batches("llama-1b", "bfloat16", 1024, {16: (1.8, None), 64: (2.7, None)}),
@@ -105,7 +118,7 @@ PUBLISHED: list[Published] = [
         peers={_VLLM: 39_000},
     ),
     _throughput("llama-8b", "bfloat16", 11_000, 9_950),
-    _throughput("llama-8b", "fp8 weights", 14_500, 13_200),
+    _throughput("llama-8b", "bfloat16", 14_500, 13_200, "fp8"),
     _throughput("llama-1b", "bfloat16", None, 38_400),
     Published(measure="startup cold", shape="llama-8b", dtype="bfloat16", goal=30, peers={}),
     Published(measure="startup warm", shape="llama-8b", dtype="bfloat16", goal=10, peers={_VLLM: 115}),
@@ -118,16 +131,19 @@ def find(
     measure: str,
     shape: str,
     dtype: str,
+    quantize: str | None = None,
     *,
     batch: int = 1,
     prompt_tokens: int | None = None,
     output_tokens: int | None = None,
 ) -> Published | None:
     """What is known of a case."""
+    asked = (measure, shape, dtype, quantize, batch)
     for entry in PUBLISHED:
-        if (entry.measure, entry.shape, entry.dtype, entry.batch) != (measure, shape, dtype, batch):
+        if (entry.measure, entry.shape, entry.dtype, entry.quantize, entry.batch) != asked:
             continue
         wanted = (entry.prompt_tokens, entry.output_tokens)
-        if all(known in (None, asked) for known, asked in zip(wanted, (prompt_tokens, output_tokens), strict=True)):
+        lengths = (prompt_tokens, output_tokens)
+        if all(known in (None, length) for known, length in zip(wanted, lengths, strict=True)):
             return entry
     return None

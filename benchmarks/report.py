@@ -38,7 +38,8 @@ class Row:
         unit: of its figures.
         more_is_better: whether large figures are good.
         model: name of the shape or model.
-        dtype: of its weights.
+        dtype: of its weights, and of keys and values.
+        quantize: int8 or fp8, in which the weights of its layers are kept instead; None if they are not.
         case: the load: batch, prompt_tokens, output_tokens, requests, rate.
         figures: by subject: `value` and more, or `error`.
         limit: what no implementation can do better, in the unit.
@@ -54,9 +55,15 @@ class Row:
     case: dict[str, Any]
     figures: dict[str, dict[str, Any]]
     more_is_better: bool = False
+    quantize: str | None = None
     limit: float | None = None
     goal: float | None = None
     published: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The model, and how it is quantized if it is."""
+        return f"{self.model}, {self.quantize}" if self.quantize else self.model
 
     def value(self, subject: str) -> float | None:
         """The figure of a subject; None if it has none."""
@@ -93,11 +100,13 @@ class Report:
         new.write_text(json.dumps(_rounded(content), indent=1) + "\n")
         new.replace(self._path)
 
-    def known(self, measure: str, shape: str | None, dtype: str, **case: int) -> dict[str, Any]:
+    def known(
+        self, measure: str, shape: str | None, dtype: str, quantize: str | None = None, **case: int
+    ) -> dict[str, Any]:
         """What is published of a case, as fields of a row; nothing on another device, or of another model."""
         if shape is None or not str(self.facts.get("device", "")).startswith(DEVICE):
             return {}
-        entry = find(measure, shape, dtype, **case)
+        entry = find(measure, shape, dtype, quantize, **case)
         return {} if entry is None else {"goal": entry.goal, "published": dict(entry.peers)}
 
 
@@ -161,7 +170,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
     heads += [f"{name}*" for name in peers]
     cells = []
     for row in rows:
-        line = [row.model, row.dtype, *(str(row.case.get(name, "-")) for name in case)]
+        dtype = f"{row.dtype}, {row.quantize}" if row.quantize else row.dtype
+        line = [row.model, dtype, *(str(row.case.get(name, "-")) for name in case)]
         line += [_cell(row, name) for name in subjects[:1]]
         line += [amount(_own(row).get(name)) for name in more]
         line += [_cell(row, name) for name in subjects[1:]]
@@ -228,7 +238,7 @@ def _failures(rows: Iterable[Row]) -> list[str]:
         for subject, figure in row.figures.items():
             if "error" in figure:
                 load = ", ".join(f"{_CASE[name]} {value}" for name, value in row.case.items() if name in _CASE)
-                lines.append(f"{row.measure} of {row.model} ({load}) by {subject}: {figure['error']}")
+                lines.append(f"{row.measure} of {row.name} ({load}) by {subject}: {figure['error']}")
     return ["", *lines] if lines else []
 
 

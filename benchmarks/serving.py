@@ -108,7 +108,7 @@ def serve_source(session: Session, source: Source, load: Load) -> None:
 
     figure, ready = in_pool(session, source, room, work)
     figure |= {"pool_ready_s": ready}
-    session.report.add(_row(source.name, model["dtype"], load, {OURS: figure}, _TITLE))
+    session.report.add(_row(source.name, model["dtype"], load, {OURS: figure}, _TITLE, quantize=source.quantize))
 
 
 def serve_endpoint(session: Session, endpoint: Endpoint, load: Load, vocab_size: int) -> None:
@@ -118,7 +118,15 @@ def serve_endpoint(session: Session, endpoint: Endpoint, load: Load, vocab_size:
     session.report.add(_row(endpoint.model, "-", load, {where: figure}, f"Serve: requests to {where}"))
 
 
-def _row(name: str, dtype: str, load: Load, figures: dict[str, dict[str, Any]], title: str) -> Row:
+def _row(
+    name: str,
+    dtype: str,
+    load: Load,
+    figures: dict[str, dict[str, Any]],
+    title: str,
+    *,
+    quantize: str | None = None,
+) -> Row:
     return Row(
         measure="serve",
         title=title,
@@ -126,6 +134,7 @@ def _row(name: str, dtype: str, load: Load, figures: dict[str, dict[str, Any]], 
         more_is_better=True,
         model=name,
         dtype=dtype,
+        quantize=quantize,
         case=load.case(),
         figures=figures,
     )
@@ -142,13 +151,8 @@ def in_pool(
     from headrace.scripts.pool import Plan, Pool
 
     model, folder = session.model(source), session.folder(source)
-    config = config_for(
-        room,
-        model["max_positions"],
-        dtype=source.dtype,
-        device=session.settings.device,
-        graphs=not session.settings.eager,
-    )
+    device, graphs = session.settings.device, not session.settings.eager
+    config = config_for(room, source, model["max_positions"], device=device, graphs=graphs)
     with tempfile.TemporaryDirectory(prefix="hr") as runtime:
         plan = Plan(
             model=str(folder),

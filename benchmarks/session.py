@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -68,7 +68,7 @@ class Settings:
         Raises:
             ConfigError: there is no such model, or a folder cannot be made.
         """
-        dtype, layers = values["dtype"], values["layers"]
+        asked = {name: values[name] for name in ("dtype", "layers", "quantize")}
         for name in ("plots", "profile"):
             if values.get(name) is not None:
                 _make(values[name])
@@ -77,7 +77,7 @@ class Settings:
 
             check_installed()  # before minutes go by
         return cls(
-            sources=tuple(find_source(name, dtype=dtype, layers=layers) for name in dict.fromkeys(values["shapes"])),
+            sources=tuple(find_source(name, **asked) for name in dict.fromkeys(values["shapes"])),
             device=values["device"],
             threads=values["threads"],
             seed=values["seed"],
@@ -184,8 +184,12 @@ class Session:
         self._comparison.release()
 
     def folder(self, source: Source) -> Path:
-        """A folder with the model, written once if it is a shape; nothing else is on the device meanwhile."""
+        """A folder with the model, written once if it is a shape; nothing else is on the device meanwhile.
+
+        Weights are never quantized there; who loads them does that.
+        """
         self.release()
+        source = replace(source, quantize=None)
         if source.folder is not None:
             return Path(source.folder)
         if source not in self._folders:

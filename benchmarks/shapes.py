@@ -43,6 +43,7 @@ class Source:
         folder: of the model, if it is none.
         dtype: of weights and cache.
         layers: how many a shape is cut down to; None for all.
+        quantize: int8 or fp8, in which ours keeps the weights of layers; None keeps them in `dtype`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Source:
     folder: str | None = None
     dtype: str = "auto"
     layers: int | None = None
+    quantize: str | None = None
 
 
 def _llama(dtype: str = "bfloat16", **sizes: Any) -> Shape:
@@ -216,7 +218,7 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def find_source(name: str, *, dtype: str = "auto", layers: int | None = None) -> Source:
+def find_source(name: str, *, dtype: str = "auto", layers: int | None = None, quantize: str | None = None) -> Source:
     """The shape of that name, else the model: a folder, a .gguf file or an id, which is fetched if need be.
 
     Raises:
@@ -224,7 +226,8 @@ def find_source(name: str, *, dtype: str = "auto", layers: int | None = None) ->
         ConfigError: layers were given for a model that has its own.
     """
     if (shape := SHAPES.get(name)) is not None:
-        return Source(name=name, shape=name, dtype=shape.dtype if dtype == "auto" else dtype, layers=layers)
+        dtype = shape.dtype if dtype == "auto" else dtype
+        return Source(name=name, shape=name, dtype=dtype, layers=layers, quantize=quantize)
     if layers is not None:
         raise ConfigError(
             f"layers is {layers}, but {name!r} is a model with weights, which is measured as it is; leave --layers "
@@ -240,4 +243,4 @@ def find_source(name: str, *, dtype: str = "auto", layers: int | None = None) ->
         raise type(error)(
             f"{name!r} is none of the shapes ({', '.join(SHAPES)}), and as a model: {error.message}", param="shape"
         ) from error
-    return Source(name=model_name(name, folder), folder=str(folder), dtype=dtype)
+    return Source(name=model_name(name, folder), folder=str(folder), dtype=dtype, quantize=quantize)

@@ -50,7 +50,12 @@ def startup(session: Session, source: Source, *, starts: int) -> None:
         name="bench",
         folder=folder,
         model_name=_MODEL,
-        config=EngineConfig(dtype=source.dtype, device=session.settings.device, cuda_graphs=not session.settings.eager),
+        config=EngineConfig(
+            dtype=source.dtype,
+            quantize=source.quantize,
+            device=session.settings.device,
+            cuda_graphs=not session.settings.eager,
+        ),
         threads=session.threads,
     )
     with tempfile.TemporaryDirectory(prefix="hr") as caches, _environment(TRITON_CACHE_DIR=caches):
@@ -64,9 +69,10 @@ def startup(session: Session, source: Source, *, starts: int) -> None:
                     unit="s",
                     model=f"{source.name}, {kind}",
                     dtype=model["dtype"],
+                    quantize=source.quantize,
                     case={},
                     figures={OURS: _figure(spec, count)},
-                    **session.report.known(name, source.shape, model["dtype"]),
+                    **session.report.known(name, source.shape, model["dtype"], source.quantize),
                 )
             )
 

@@ -82,7 +82,8 @@ class _Surveyor:
 
         asked = Case(**case | {"source": Source(**case["source"])})
         spec, dtype = self._spec(asked.source)
-        parts = MEASURES[asked.measure].cost(Costs(spec, dtype.itemsize), asked)
+        costs = Costs(spec, dtype.itemsize, quantized=asked.source.quantize is not None)
+        parts = MEASURES[asked.measure].cost(costs, asked)
         ceilings = Ceilings(read=read, matmul=matmul)
         return sum(part.seconds(ceilings) for part in parts)
 
@@ -91,7 +92,7 @@ class _Surveyor:
 
         asked = Case(**case | {"source": Source(**case["source"])})
         spec, dtype = self._spec(asked.source)
-        costs = Costs(spec, dtype.itemsize)
+        costs = Costs(spec, dtype.itemsize, quantized=asked.source.quantize is not None)
         whole, weights = step_cost(costs, asked).bytes, costs.step(asked.batch, 0).bytes
         return {"matmul": weights, "attention": whole - weights}
 

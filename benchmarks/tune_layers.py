@@ -27,6 +27,7 @@ Finalists = Mapping[Any, list[dict[str, Any]]]  # by product, rows of the table,
 _LAYERS = 4  # together more weights than a cache holds
 _CONTEXT = 512
 _BLOCK = 16
+_FACTOR = 0.02 / 74  # of int8 numbers, which deviate by 74: weights as large as those in 16 bits
 _ROUNDS = 7
 
 
@@ -35,7 +36,9 @@ def has_layers(name: str) -> bool:
     return spec_of(find_source(name)).encoder is None
 
 
-def settled(name: str, count: int, finalists: Finalists) -> Iterator[tuple[Any, dict[str, Any], float]]:
+def settled(
+    name: str, count: int, finalists: Finalists, weights: int = 16
+) -> Iterator[tuple[Any, dict[str, Any], float]]:
     """Each product of a model's layers, its row of the table, and what share of the layers' time it saves to have that
     instead of the fastest alone.
 
@@ -43,8 +46,9 @@ def settled(name: str, count: int, finalists: Finalists) -> Iterator[tuple[Any, 
         name: of the shape.
         count: sequences that decode, of an encoder the tokens of a text.
         finalists: of these products.
+        weights: bits of one.
     """
-    step = _step(name, count)
+    step = _step(name, count, weights)
     chosen = {product: rows[0] for product, rows in finalists.items()}
     for product in _products_of(step, finalists):
         replays = []
@@ -58,17 +62,23 @@ def settled(name: str, count: int, finalists: Finalists) -> Iterator[tuple[Any, 
         yield product, chosen[product], 1 - times[best] / times[0]
 
 
-def _step(name: str, count: int) -> Callable[[], Any]:
+def _step(name: str, count: int, weights: int) -> Callable[[], Any]:
     """Some layers of a model, with random weights, for so many tokens."""
     import torch
 
     from headrace.kernels.model import Model
+    from headrace.kernels.quantize import NARROW, SCHEMES
 
     source = find_source(name, layers=_LAYERS)
     spec, dtype = spec_of(source), getattr(torch, source.dtype)
-    model = Model(spec, dtype=dtype, device="cuda")
+    model = Model(spec, dtype=dtype, device="cuda", scheme=SCHEMES["int8"] if weights == 8 else None)
     for weight in model.parameters():
-        weight.data.normal_(0, 0.02)
+        if weight.dtype in NARROW:
+            weight.data.random_(-127, 128)
+        else:
+            weight.data.normal_(0, 0.02)
+    for scale in model.scales().values():
+        scale.fill_(_FACTOR)
     model.pack()
     model.fold()
     model.reserve_positions(_CONTEXT)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from headrace.scripts.options import option
+from headrace.workers.config import QUANTIZATIONS
 
 __all__ = [
     "case_options",
@@ -41,6 +42,12 @@ _MODEL = (
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         help="Of weights and KV cache; auto takes what the shape is mostly used in, or the checkpoint's.",
+    ),
+    option(
+        "--quantize",
+        heading="Model",
+        type=click.Choice(QUANTIZATIONS),
+        help="Keep the weights of layers in 8 bits, quantized while they are loaded. Default: as they are.",
     ),
     option(
         "--seed", heading="Model", type=click.IntRange(0, 2**31), default=0, help="Of weights, prompts and arrivals."

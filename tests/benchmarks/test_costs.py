@@ -12,6 +12,7 @@ from headrace.benchmarks.models import config_of, spec_of
 from headrace.benchmarks.shapes import SHAPES, Source
 from headrace.kernels.model import Model
 from headrace.kernels.policies import find_policy
+from headrace.kernels.quantize import SCHEMES
 from tests.support.tiny_models import FAMILIES, make_model
 
 H200 = Ceilings(read=4.38e12, matmul=792e12)
@@ -21,8 +22,8 @@ def source(name):
     return Source(name=name, shape=name, dtype=SHAPES[name].dtype)
 
 
-def costs(name):
-    return Costs(spec_of(source(name)), 2)
+def costs(name, **more):
+    return Costs(spec_of(source(name)), 2, **more)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -116,14 +117,24 @@ def _mistral(config):
     )
 
 
-def test_experts_are_read_as_far_as_they_are_asked():
+def _mixtral():
     from transformers import MixtralConfig
 
     config = MixtralConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_local_experts=8, num_experts_per_tok=2
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
     )
     config.architectures = ["MixtralForCausalLM"]
-    model = Costs(find_policy("MixtralForCausalLM").spec(config), 2)
+    return config
+
+
+def test_experts_are_read_as_far_as_they_are_asked():
+    model = Costs(find_policy("MixtralForCausalLM").spec(_mixtral()), 2)
     expert = 3 * 64 * 128 * 2
     rest = model.step(1, 0).bytes - 2 * expert
 
@@ -136,6 +147,62 @@ def test_an_encoder_decoder_reads_its_source():
     model = costs("t5-3b")
 
     assert model.step(1, 10, 128).bytes - model.step(1, 0, 0).bytes == 24 * 2 * 32 * 128 * 138 * 2
+
+
+def test_quantized_projections_are_a_byte_each_and_have_factors():
+    """The tiny Llama by hand: hidden 64, 4 heads and 2 of keys of 16, 96 inside, 2 layers, a head of 300."""
+    projections = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 64 * 2 * 96 + 96 * 64)
+    rows = 2 * ((64 + 2 * 32) + 64 + 2 * 96 + 64)
+    others = 2 * 2 * 64 + 64 + 300 * 64  # norms, and the head
+    plain, quantized = costs("tiny"), costs("tiny", quantized=True)
+
+    assert (projections, rows, others) == (61_440, 896, 19_520)
+    assert plain.step(1, 0).bytes == 2 * (61_440 + 19_520)
+    assert quantized.step(1, 0).bytes == quantized.step(9, 0).bytes == 61_440 + 2 * (896 + 19_520)
+    assert quantized.prompts(3, 7).bytes == quantized.step(1, 0).bytes
+    # 7 tokens, keys and values of 2 heads of 16 in 2 layers, still 16-bit.
+    assert quantized.step(3, 7).bytes - quantized.step(3, 0).bytes == 3 * 7 * 2 * 2 * 2 * 16 * 2
+    assert quantized.step(3, 7).flops == plain.step(3, 7).flops
+    assert quantized.prompts(3, 7).flops == plain.prompts(3, 7).flops
+
+
+def test_biases_and_norms_are_not_quantized():
+    """The tiny BERT by hand: hidden 32, 64 inside, 2 layers, biases everywhere, two norms of two rows each."""
+    projections = 2 * (32 * 96 + 32 * 32 + 32 * 64 + 64 * 32)
+    rows = 2 * (96 + 32 + 64 + 32)
+    norms = 2 * 2 * 2 * 32
+
+    assert costs("tiny-bert").texts(1, 8).bytes == 2 * (projections + rows + norms)  # as many biases as rows
+    assert costs("tiny-bert", quantized=True).texts(1, 8).bytes == projections + 2 * (rows + rows + norms)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_quantized_is_that_of_the_model(name):
+    """A step of a decoder reads all but the projections that made what it sees of a source, and rows of embeddings."""
+    spec = spec_of(source(name))
+    model = Model(spec, dtype=torch.bfloat16, device="meta", scheme=SCHEMES["int8"])
+    read = [part for name, part in model.projections().items() if not name.startswith("encoder.")]
+    made = [part for name, part in model.projections().items() if name.endswith(".key_value")]
+    saved = sum(part.weight.numel() - 2 * len(part.weight) for part in read)
+    saved -= sum(part.weight.numel() - 2 * len(part.weight) for part in made)
+    plain, quantized = (Costs(spec, 2, quantized=narrow).step(1, 0).bytes for narrow in (False, True))
+
+    assert plain - quantized == saved
+
+
+def test_the_floor_of_one_token_of_a_quantized_model():
+    """6.98 billion bytes of projections and 1.05 of a head, at 4.38 TB/s."""
+    case = Case(measure="decode", source=source("llama-8b"), batch=1, prompt_tokens=128, output_tokens=16)
+    [cost] = DECODE.cost(costs("llama-8b", quantized=True), case)
+
+    assert cost.seconds(H200) * 1e3 == pytest.approx(1.84, abs=0.005)
+
+
+def test_experts_are_not_quantized():
+    spec = find_policy("MixtralForCausalLM").spec(_mixtral())
+    attention = 64 * 64 * 4 - 2 * 64 * 4  # of which a byte each is saved, but for factors
+
+    assert Costs(spec, 2).step(5, 0).bytes - Costs(spec, 2, quantized=True).step(5, 0).bytes == attention
 
 
 def test_costs_add_up():

@@ -113,9 +113,50 @@ def test_goals_are_those_of_the_device():
     assert Report(None, FACTS).known("decode", "llama-8b", "float32", **case) == {}
 
 
+def test_goals_are_those_of_what_a_model_is_quantized_in():
+    one = {"batch": 1, "prompt_tokens": 128, "output_tokens": 48}
+    many = {"batch": 256, "prompt_tokens": 512, "output_tokens": 256}
+
+    def known(measure, quantize, case):
+        return Report(None, FACTS).known(measure, "llama-8b", "bfloat16", quantize, **case)
+
+    assert known("decode", None, one)["goal"] == 3.75
+    assert known("decode", "fp8", one) == {"goal": 2.3, "published": {"vLLM 0.26": 3.47}}
+    assert known("decode", "int8", one) == {"goal": 2.3, "published": {}}
+    assert known("decode", "fp8", one | {"batch": 16, "prompt_tokens": 1024}) == {}
+    assert known("throughput", None, many)["goal"] == 11_000
+    assert known("throughput", "fp8", many) == {"goal": 14_500, "published": {"vLLM 0.26": 13_200}}
+    assert known("throughput", "int8", many) == {}
+    assert known("startup warm", "fp8", {}) == {}
+
+
+def test_a_quantized_row_says_so():
+    failed = row(quantize="fp8", figures={"headrace": {"value": 2.2}, "vllm": {"error": "vllm is not installed"}})
+    text = "\n".join(report_lines(FACTS, [row(), failed]))
+
+    plain, quantized = [line for line in text.splitlines() if line.startswith("llama-8b")]
+    assert plain.split()[:3] == ["llama-8b", "bfloat16", "1"]
+    assert quantized.split()[:4] == ["llama-8b", "bfloat16,", "fp8", "1"]
+    assert "decode of llama-8b, fp8 (batch 1, prompt 128, output 48) by vllm: vllm is not installed" in text
+    assert [plots._label(each) for each in (row(), failed)] == [
+        "llama-8b, batch 1, prompt 128",
+        "llama-8b, fp8, batch 1, prompt 128",
+    ]
+
+
+def test_a_file_of_before_weights_were_quantized_can_be_read(tmp_path):
+    path = tmp_path / "out.json"
+    Report(path, FACTS).add(row())
+    content = json.loads(path.read_text())
+    del content["rows"][0]["quantize"]
+    path.write_text(json.dumps(content))
+
+    assert read_report(path)[1] == [row(published={"vLLM 0.26": 4.93, "transformers eager": [13.7, 22.6]})]
+
+
 def test_published_figures_are_of_shapes_that_exist():
     assert {entry.shape for entry in published.PUBLISHED} <= set(SHAPES)
-    keys = [(e.measure, e.shape, e.dtype, e.batch, e.prompt_tokens) for e in published.PUBLISHED]
+    keys = [(e.measure, e.shape, e.dtype, e.quantize, e.batch, e.prompt_tokens) for e in published.PUBLISHED]
     assert len(keys) == len(set(keys))
 
 

@@ -8,14 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headrace.benchmarks.tune import MODELS, Product, _line, candidates_of, products_of
+from headrace.benchmarks.tune import MODELS, Bench, _line
 from headrace.benchmarks.tune_layers import _table, has_layers, settled
+from headrace.benchmarks.tune_ways import Product, candidates_of, products_of
 from headrace.kernels import tuning
+from headrace.kernels.spec import NormSpec
 from headrace.kernels.tuning import GEMV_ROWS, MOST_ROWS, LinearShape, Tiles, row_bucket
 
 ROWS = [1, 2, 4, 16, 32, 64, 128, 256]
 BERT = [Product(n, k, False) for n, k in ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))]
 LLAMA = [Product(6144, 4096, False), Product(14336, 4096, True)]
+NORM = NormSpec(kind="rms", eps=1e-5)
+NARROW = [dataclasses.replace(found, itemsize=1, norm=NORM) for found in (*BERT, *LLAMA)]
 
 
 @pytest.fixture
@@ -24,9 +28,10 @@ def h200(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("found", [*BERT, *LLAMA], ids=str)
+@pytest.mark.parametrize("found", [*BERT, *LLAMA, *NARROW], ids=str)
 @pytest.mark.usefixtures("h200")
 def test_every_candidate_can_be_launched(found, rows):
+    itemsize = found.itemsize
     tried = [way.tiles for way in candidates_of(found, rows)]
     assert len(set(tried)) == len(tried) > 1
     for tiles in tried:
@@ -35,8 +40,13 @@ def test_every_candidate_can_be_launched(found, rows):
         if tiles.kernel == "skinny":
             assert max(16, tiles.block_m or rows) <= max(16, rows)
             assert (tiles.splits - 1) * -(-found.k // tiles.block_k // tiles.splits) * tiles.block_k < found.k
-            height = tiles.block_n * (2 if found.gated else 1) + max(16, tiles.block_m or rows)
-            assert (tiles.stages - 1) * height * tiles.block_k * 2 <= 227 * 1024
+            height = tiles.block_n * (2 if found.gated else 1)
+            size = height * itemsize + max(16, tiles.block_m or rows) * 2
+            assert (tiles.stages - 1) * size * tiles.block_k <= 227 * 1024
+        elif tiles.kernel != "torch":
+            height = tiles.block_n * (2 if found.gated else 1)
+            assert 32 <= height * tiles.block_k * itemsize // (32 * tiles.warps) <= 128, "bytes that a thread loads"
+            assert tiles.kernel != "keep" or found.k <= tiles.block_k < 2 * found.k
 
 
 @pytest.mark.parametrize("found", BERT, ids=str)
@@ -46,6 +56,46 @@ def test_many_rows_of_a_small_weight_are_cut_until_a_gpu_is_full(found):
     programs = [-(-found.n // t.block_n) * -(-128 // (t.block_m or 128)) * t.splits for t in tried]
     assert sum(90 <= count <= 132 for count in programs) >= 6
     assert {tiles.early for tiles in tried} == {tiles.ahead for tiles in tried} == {False, True}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.usefixtures("h200")
+def test_threads_load_as_much_of_weights_in_8_bits(rows):
+    """16 of them are a load, so depths go up to twice those of 16 bits; what those are is tried too."""
+    wide, narrow = (
+        {(way.tiles.block_k, way.tiles.warps) for way in candidates_of(found, rows) if way.tiles.kernel == "gemv"}
+        for found in (LLAMA[0], NARROW[len(BERT)])
+    )
+    assert wide < narrow
+    assert {(512, 1), (2048, 4), (4096, 8)} <= narrow
+    assert max(block_k for block_k, _ in wide) < 4096
+
+
+@pytest.mark.parametrize("rows", [128, 256])
+@pytest.mark.parametrize("found", NARROW[len(BERT) :], ids=str)
+@pytest.mark.usefixtures("h200")
+def test_many_rows_of_weights_in_8_bits_have_large_tiles(found, rows):
+    """A library would need the whole weight in 16 bits first."""
+    tried = {(way.tiles.block_m or rows, way.tiles.block_n) for way in candidates_of(found, rows)}
+    assert {(64, 64), (64, 128), (128, 64), (rows, 64)} <= tried
+    assert any(way.tiles.kernel == "torch" for way in candidates_of(found, rows))
+    warps = {way.tiles.warps for way in candidates_of(found, rows) if way.tiles.kernel == "skinny"}
+    assert warps == {4, 8}
+
+
+@pytest.mark.usefixtures("h200")
+def test_rows_of_the_table_say_how_wide_weights_are():
+    [wide], [narrow] = ({way.shape for way in candidates_of(found, 1)} for found in (LLAMA[0], NARROW[len(BERT)]))
+    assert (wide, narrow) == (LinearShape(1, 6144, 4096, False, 2), LinearShape(1, 6144, 4096, False, 1))
+
+
+@pytest.mark.parametrize("name", ["llama-8b", "gpt2-xl", "bert-large"])
+def test_heads_stay_in_16_bits(name):
+    wide, narrow = list(products_of(name)), list(products_of(name, 8))
+    assert {found.itemsize for found in wide} == {2}
+    assert {found.itemsize for found in narrow} == {1}
+    assert [(found.n, found.k) for found in narrow] == [(found.n, found.k) for found in wide[:-1]]
+    assert wide[-1].n > 30_000
 
 
 def test_products_of_a_model_are_known():
@@ -96,6 +146,24 @@ def test_layers_of_an_encoder_choose_for_the_tokens_of_a_text():
             finalists[ways[0].shape] = [row_of(way.shape, way.tiles) for way in ways]
     chosen = list(settled("bert-large", 128, finalists))
     assert {(shape.n, shape.k) for shape, _, _ in chosen} == {(found.n, found.k) for found in BERT}
+    assert all(row in finalists[shape] and saved < 1 for shape, row, saved in chosen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 128])
+def test_weights_in_8_bits_are_tuned(rows):
+    """A small model's products: some ways alone, then its layers with two of each."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    bench, finalists = Bench(1), {}
+    for found in products_of("qwen-0.5b", 8):
+        ways = list(candidates_of(found, rows))
+        rows_of_table = bench.finalists(ways[:: max(1, len(ways) // 5)])
+        assert rows_of_table[0]["itemsize"] == 1
+        assert rows_of_table[0]["us"] > 0
+        finalists[ways[0].shape] = [row_of(way.shape, way.tiles) for way in ways[:2]]
+    chosen = list(settled("qwen-0.5b", rows, finalists, 8))
+    assert {shape for shape, _, _ in chosen} == finalists.keys()
     assert all(row in finalists[shape] and saved < 1 for shape, row, saved in chosen)
 
 

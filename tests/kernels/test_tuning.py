@@ -37,11 +37,11 @@ def fits(shape: LinearShape, tiles: Tiles) -> bool:
     tiles_of_part = math.ceil(math.ceil(shape.k / tiles.block_k) / tiles.splits)
     no_part_is_empty = tiles_of_part * (tiles.splits - 1) * tiles.block_k < shape.k
     powers &= tiles.block_m & (tiles.block_m - 1) == 0 and tiles.block_m <= shape.rows
-    return powers and shape.itemsize == 2 and tiles.block_n >= 16 and tiles.block_k >= 16 and no_part_is_empty
+    return powers and shape.itemsize < 4 and tiles.block_n >= 16 and tiles.block_k >= 16 and no_part_is_empty
 
 
 @pytest.mark.parametrize("gpu", [H200, SMALL], ids=["h200", "small"])
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 4, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("size", SIZES)
