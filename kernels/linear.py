@@ -39,7 +39,7 @@ class Linear(nn.Module):
         """Be one whose weight is quantized, before it is filled in."""
         blank = self.weight
         self.weight = nn.Parameter(torch.empty_like(blank, dtype=scheme.dtype), requires_grad=False)
-        self.scale = torch.empty(len(blank), dtype=blank.dtype, device=blank.device)
+        self.scale = torch.empty(len(blank), dtype=scheme.factors or blank.dtype, device=blank.device)
 
     def forward(
         self,

@@ -73,9 +73,13 @@ class Model(nn.Module):
                 for projection in self.projections().values():
                     projection.quantize(scheme)
         # Not `to_empty`: on its way from the meta device torch imports its symbolic shapes: a quarter of a second here.
-        self._apply(  # type: ignore[no-untyped-call]
-            lambda blank: torch.empty(blank.shape, dtype=blank.dtype if blank.dtype in NARROW else dtype, device=device)
-        )
+        own = {id(scale) for scale in self.scales().values() if scheme is not None and scheme.factors is not None}
+
+        def allocated(blank: Tensor) -> Tensor:
+            keeps = blank.dtype in NARROW or id(blank) in own
+            return torch.empty(blank.shape, dtype=blank.dtype if keeps else dtype, device=device)
+
+        self._apply(allocated)  # type: ignore[no-untyped-call]
         self.requires_grad_(False)
         if spec.head is not None and spec.head.tied:
             assert self.head is not None

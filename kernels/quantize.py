@@ -1,7 +1,7 @@
 """How weights are kept in 8 bits: as numbers of a narrow type, and of each row one factor by which they are multiplied.
 
 A row of a weight [out, in] is divided by what makes its largest value the largest of the type. The factor is rounded up
-to the model's dtype first, so that this costs no accuracy. Activations stay as they are: a product multiplies them with
+to its dtype first, so that this costs no accuracy. Activations stay as they are: a product multiplies them with
 the narrow numbers and its sums with the factors (`headrace.kernels.ops.linear`).
 
 Only the projections of layers are kept so. Embeddings, norms, biases, routers, heads and experts are not.
@@ -34,6 +34,7 @@ class Scheme:
         dtype: of the narrow numbers.
         largest: of them.
         whole: whether they are whole numbers, to which is rounded.
+        factors: dtype of the factors, None for that of the model.
         capability: the least CUDA compute capability that computes with them.
     """
 
@@ -41,6 +42,7 @@ class Scheme:
     dtype: torch.dtype
     largest: float
     whole: bool
+    factors: torch.dtype | None = None
     capability: tuple[int, int] = (0, 0)
 
     def quantize(self, rows: Tensor, values: Tensor, scale: Tensor) -> None:
@@ -83,7 +85,14 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         scheme.name: scheme
         for scheme in (
             Scheme(name="int8", dtype=torch.int8, largest=127.0, whole=True),
-            Scheme(name="fp8", dtype=torch.float8_e4m3fn, largest=448.0, whole=False, capability=(8, 9)),
+            Scheme(
+                name="fp8",
+                dtype=torch.float8_e4m3fn,
+                largest=448.0,
+                whole=False,
+                factors=torch.float32,
+                capability=(8, 9),
+            ),
         )
     }
 )

@@ -156,9 +156,10 @@ def _guess_gemv(shape: LinearShape) -> Tiles:
 
 
 def _guess_skinny(shape: LinearShape, processors: int, shared_memory: int) -> Tiles:
-    block_n, block_k = 64, 64 if shape.gated else 128
+    block_n, block_k = 64, 64 if shape.gated and shape.itemsize > 1 else 128
     block_m = _TILE_ROWS if shape.rows > _TILE_ROWS else 0
-    stage = (block_n * (2 if shape.gated else 1) + max(16, block_m or shape.rows)) * block_k * shape.itemsize
+    columns, rows = block_n * (2 if shape.gated else 1), max(16, block_m or shape.rows)
+    stage = (columns * shape.itemsize + rows * max(2, shape.itemsize)) * block_k  # rows in 8 bits come in two halves
     most = 6 if shape.rows <= 16 else 3 if block_m else 4  # of short kernels, the next one's programs shall find room
     stages = max(2, min(most, shared_memory // stage))
     tiles = -(-shape.n // block_n) * -(-shape.rows // (block_m or shape.rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from headrace.kernels.ops.pair import pair
@@ -10,6 +11,6 @@ __all__ = ["dequantize"]
 
 
 @pair
-def dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """A quantized weight [out, in] times the factors [out] of its rows, in their dtype."""
-    return values.to(scale.dtype).mul_(scale[:, None])
+def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A quantized weight [out, in] times the factors [out] of its rows."""
+    return values.to(dtype).mul_(scale[:, None])

@@ -16,11 +16,11 @@ __all__ = ["dequantize"]
 _ROWS, _COLUMNS, _WARPS = 4, 1024, 8
 
 
-def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As `headrace.kernels.ops.dequantize.dequantize`."""
     assert values.is_contiguous()
     num_rows, num_columns = values.shape
-    out = torch.empty((num_rows, num_columns), dtype=scale.dtype, device=values.device)
+    out = torch.empty((num_rows, num_columns), dtype=dtype, device=values.device)
     _dequantize[(triton.cdiv(num_columns, _COLUMNS), triton.cdiv(num_rows, _ROWS))](
         values, scale, out, num_rows, NUM_COLUMNS=num_columns, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, **OPTIONS
     )

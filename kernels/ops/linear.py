@@ -12,12 +12,12 @@ from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.ops.pair import pair
 from headrace.kernels.ops.rows import round_rows
 from headrace.kernels.spec import Activation
-from headrace.kernels.tuning import GEMV_ROWS
 
 __all__ = ["fold_norm", "linear", "pack_weight", "product", "rounds", "share_norm"]
 
 _TYPICAL_ROWS = 8  # the layout that serves it is best from 1 to 512 rows (`headrace bench latency`)
 _FOLDED_ROWS = 4096  # of a weight that are held in float32 at a time
+_EXACT_ROWS = 64
 _FP8_TILE = 16  # values in which products of fp8 are counted, in both directions
 _FEW_ROWS = 32  # of which each costs as much as the first
 
@@ -73,10 +73,11 @@ def share_norm(x: Tensor, before: NormWeights) -> tuple[Tensor, NormWeights | No
 def rounds(x: Tensor, weight: Tensor) -> bool:
     """Whether rows `x` [T, in] are rounded to fp8 to be multiplied with a weight in fp8.
 
-    If they are so many that tensor cores, which multiply their like, are what they need. Fewer wait for the weight.
+    If they are so many that tensor cores, which multiply their like, are what they need. Fewer wait for the weight, and
+    keep their digits.
     """
     whole = not (weight.shape[0] % _FP8_TILE or weight.shape[1] % _FP8_TILE)
-    return weight.dtype is torch.float8_e4m3fn and len(x) > GEMV_ROWS and whole
+    return weight.dtype is torch.float8_e4m3fn and len(x) > _EXACT_ROWS and whole
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -85,7 +86,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor
         if _multiplies_bytes(x, weight):
             few: Tensor = torch._weight_int8pack_mm(x, weight, scale)
             return few if bias is None else few.add_(bias)
-        weight = dequantize(weight, scale)
+        weight = dequantize(weight, scale, x.dtype)
     if weight.is_mkldnn:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out

@@ -18,7 +18,7 @@ from headrace.kernels.ops.linear import product, rounds
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.norm import NormWeights, norm
-from headrace.kernels.ops.rows import halve_rows, round_rows
+from headrace.kernels.ops.rows import LOWER_FP8, halve_rows, round_rows
 from headrace.kernels.ops.skinny_triton import skinny
 from headrace.kernels.quantize import NARROW
 from headrace.kernels.spec import Activation
@@ -104,7 +104,7 @@ def run(
     if tiles.kernel == "gemv":
         _gemv(tiles, x, weight, bias, scale, before, folded, activation, gated, residual, out)
     else:
-        rows, factors = (x, None) if scale is None else halve_rows(x, before)
+        rows, factors = (x, None) if scale is None else halve_rows(x, weight.dtype, before)
         _skinny(tiles, rows, factors, weight, bias, scale, activation, gated, residual, out)
     return out
 
@@ -116,8 +116,8 @@ def tiles_of(x: Tensor, weight: Tensor, gated: bool) -> Tiles:
         return Tiles("torch")
     n, k = len(weight) // (2 if gated else 1), weight.shape[1]
     tiles = tiles_for(LinearShape(row_bucket(len(x)), n, k, gated, weight.element_size()), x.device)
-    unfit = x.element_size() == 4 or weight.dtype is torch.float8_e4m3fn
-    return Tiles("torch") if tiles.kernel == "skinny" and unfit else tiles
+    rounds_x = x.element_size() == 4  # tensor cores would, of float32
+    return Tiles("torch") if tiles.kernel == "skinny" and rounds_x else tiles
 
 
 def norms(tiles: Tiles, before: NormWeights | None, folded: Tensor | None, *, narrow: bool) -> bool:
@@ -139,7 +139,7 @@ def _torch(
     residual: Tensor | None,
 ) -> Tensor:
     if scale is not None:
-        weight = dequantize(weight, scale)
+        weight = dequantize(weight, scale, x.dtype)
     if residual is not None and activation is None and bias is None and not weight.is_mkldnn:
         return residual.addmm_(x, weight.T)  # added on the way out, in float32
     out = product(x, weight, bias)
@@ -165,7 +165,7 @@ def _rounded(
         rows,
         weight.T,
         scale_a=factors,
-        scale_b=scale.float()[None, :],
+        scale_b=scale[None, :],
         bias=None if bias is None else bias.to(narrow),
         out_dtype=narrow,
         use_fast_accum=True,
@@ -265,6 +265,7 @@ def _skinny(
         BLOCK_K=tiles.block_k,
         EARLY=tiles.early,
         AHEAD=tiles.ahead,
+        LOWER=LOWER_FP8,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **chained(x.device),

@@ -1,5 +1,5 @@
 """Rows as tensor cores multiply them with weights of 8 bits: a norm first, if there is one, then a factor for each row
-by which its values are whole numbers of 16 bits, in two halves, or numbers of fp8."""
+by which its values are numbers of 8 bits, or, in two halves, of 16."""
 
 from __future__ import annotations
 
@@ -9,20 +9,30 @@ from torch import Tensor
 from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.ops.pair import pair
 
-__all__ = ["halve_rows", "round_rows"]
+__all__ = ["LOWER_FP8", "halve_rows", "round_rows"]
 
 _LARGEST_WHOLE = 127.0 * 256.0  # of which the upper half is an int8
 _LARGEST_FP8 = 448.0
+LOWER_FP8 = 16.0  # times as large is the lower half of fp8: by so much a rounding of the upper one is smaller than it
 
 
 @pair
-def halve_rows(x: Tensor, before: NormWeights | None = None) -> tuple[Tensor, Tensor]:
-    """The norm of `x` [T, in] as (256 * halves[0] + halves[1]) * factors[:, None]; returns halves [2, T, in] int8 and
-    factors [T] float32.
+def halve_rows(x: Tensor, dtype: torch.dtype, before: NormWeights | None = None) -> tuple[Tensor, Tensor]:
+    """The norm of `x` [T, in] as the sum of two halves times factors; returns [2, T, in], and [T] float32.
 
-    A value is kept to 1 / 65024 of the largest of its row, which for most is more exact than 16-bit floats are. The
-    factor of a row that holds something that is no number is none either.
+    The factor of a row that holds something that is no number is none either.
+
+    Args:
+        x: [T, in].
+        dtype: of the halves. Of int8 the first counts 256 times: a value is kept to 1 / 65024 of the largest of its
+            row, which for most is more exact than 16-bit floats are. Of fp8 (e4m3) the second counts a 16th: a value
+            has nearly the digits of bfloat16, if it is no less than a thousandth of the largest.
+        before: the norm.
     """
+    if dtype is torch.float8_e4m3fn:
+        values, factors = _scaled(x, before, _LARGEST_FP8)
+        upper = _fp8(values)
+        return torch.stack((upper, _fp8((values - upper.float()) * LOWER_FP8))), factors
     values, factors = _scaled(x, before, _LARGEST_WHOLE)
     whole = values.round().nan_to_num_().int()
     upper = (whole + 128) >> 8
@@ -33,8 +43,11 @@ def halve_rows(x: Tensor, before: NormWeights | None = None) -> tuple[Tensor, Te
 def round_rows(x: Tensor, before: NormWeights | None = None) -> tuple[Tensor, Tensor]:
     """The norm of `x` [T, in] as rows * factors; returns rows [T, in] fp8 (e4m3) and factors [T, 1] float32."""
     values, factors = _scaled(x, before, _LARGEST_FP8)
-    rows = values.nan_to_num_().clamp_(-_LARGEST_FP8, _LARGEST_FP8)
-    return rows.to(torch.float8_e4m3fn), factors[:, None]
+    return _fp8(values), factors[:, None]
+
+
+def _fp8(values: Tensor) -> Tensor:
+    return values.nan_to_num().clamp_(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn)
 
 
 def _scaled(x: Tensor, before: NormWeights | None, largest: float) -> tuple[Tensor, Tensor]:

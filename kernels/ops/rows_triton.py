@@ -11,6 +11,7 @@ from torch import Tensor
 from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.math_triton import OPTIONS, round_to_fp8
 from headrace.kernels.ops.norm import NormWeights
+from headrace.kernels.ops.rows import LOWER_FP8
 
 __all__ = ["halve_rows", "round_rows"]
 
@@ -19,9 +20,9 @@ _VALUES_PER_WARP = 32 * 8
 _MOST_WARPS = 16
 
 
-def halve_rows(x: Tensor, before: NormWeights | None = None) -> tuple[Tensor, Tensor]:
+def halve_rows(x: Tensor, dtype: torch.dtype, before: NormWeights | None = None) -> tuple[Tensor, Tensor]:
     """As `headrace.kernels.ops.rows.halve_rows`."""
-    halves = torch.empty((2, *x.shape), dtype=torch.int8, device=x.device)
+    halves = torch.empty((2, *x.shape), dtype=dtype, device=x.device)
     factors = torch.empty(len(x), dtype=torch.float32, device=x.device)
     _launch(x, before, halves, factors)
     return halves, factors
@@ -54,7 +55,9 @@ def _launch(x: Tensor, before: NormWeights | None, out: Tensor, factors: Tensor)
         BLOCK=block,
         NORM=None if spec is None else spec.kind,
         UNIT_OFFSET=spec is not None and spec.unit_offset,
-        HALVES=out.dtype is torch.int8,
+        HALVES=out.dim() > x.dim(),
+        WHOLE=out.dtype is torch.int8,
+        LOWER=LOWER_FP8,
         num_warps=min(max(block // _VALUES_PER_WARP, 1), _MOST_WARPS),
         **chained(x.device),
         **OPTIONS,
@@ -76,6 +79,8 @@ def _narrow(
     NORM: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     HALVES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LOWER: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     let_next_begin(CHAINED)
@@ -100,7 +105,7 @@ def _narrow(
     if norm_bias is not None:
         values += shift
 
-    LARGEST: tl.constexpr = 127.0 * 256.0 if HALVES else 448.0
+    LARGEST: tl.constexpr = 127.0 * 256.0 if WHOLE else 448.0
     finite = tl.abs(values) < float("inf")
     values = tl.where(finite, values, 0.0)
     largest = tl.max(tl.abs(values), axis=0)
@@ -108,10 +113,14 @@ def _narrow(
     tl.store(factors + row, tl.where(lost > 0, float("nan"), largest / LARGEST))
     values *= LARGEST / tl.where(largest > 0.0, largest, 1.0)
     out += row * WIDTH + columns
-    if HALVES:
+    lower = out + num_rows.to(tl.int64) * WIDTH
+    if WHOLE:
         whole = tl.where(values >= 0.0, values + 0.5, values - 0.5).to(tl.int32)
         upper = (whole + 128) >> 8
         tl.store(out, upper.to(tl.int8), mask=held)
-        tl.store(out + num_rows.to(tl.int64) * WIDTH, (whole - 256 * upper).to(tl.int8), mask=held)
+        tl.store(lower, (whole - 256 * upper).to(tl.int8), mask=held)
     else:
-        tl.store(out, round_to_fp8(values).to(out.dtype.element_ty), mask=held)
+        upper = round_to_fp8(values)
+        tl.store(out, upper.to(out.dtype.element_ty), mask=held)
+        if HALVES:
+            tl.store(lower, round_to_fp8((values - upper) * LOWER).to(out.dtype.element_ty), mask=held)

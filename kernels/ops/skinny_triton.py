@@ -1,4 +1,4 @@
-"""The kernel of products of up to 256 rows with a weight of 16 bits, or of int8, on tensor cores.
+"""The kernel of products of up to 256 rows with a weight of 16 or 8 bits, on tensor cores.
 
 A tensor core takes 64 rows of what stands on its left, so that is the weight: few rows of x fill its right side. Tiles
 of fewer than 64 columns, for many rows of x, have the weight on the right. While the kernel before is still running, a
@@ -19,6 +19,9 @@ from headrace.kernels.ops.activation_triton import activated
 from headrace.kernels.ops.chain_triton import let_next_begin, wait_for_earlier
 
 __all__ = ["skinny"]
+
+# Tensor cores add up products of fp8 with fewer digits than float32 has; after so many, sums go where all digits are.
+_IMPRECISE = tl.constexpr(64)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -47,6 +50,7 @@ def skinny(
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
     AHEAD: tl.constexpr,
+    LOWER: tl.constexpr,
 ):
     """Columns BLOCK_N of the product of ROWS rows, or a part of their depth."""
     let_next_begin(CHAINED)
@@ -54,10 +58,10 @@ def skinny(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
-    # Whole numbers of x come in two halves, one below the other.
+    # In 8 bits, rows of x come in two halves, one below the other.
     HALVES: tl.constexpr = factors is not None
     LINES: tl.constexpr = ROWS * (2 if HALVES else 1)
-    TYPE: tl.constexpr = tl.int32 if HALVES else tl.float32
+    TYPE: tl.constexpr = tl.int32 if weight.dtype.element_ty.is_int8() else tl.float32
     gate = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # past the end, the last one again
     line = tl.arange(0, LINES)
     source = tl.program_id(2) * ROWS + line % ROWS
@@ -98,8 +102,8 @@ def skinny(
         value = tl.trans(value)
         other = tl.trans(other)
     if HALVES:
-        value = _whole(value)
-        other = _whole(other)
+        value = _of_halves(value, LOWER)
+        other = _of_halves(other, LOWER)
 
     if SPLITS > 1:
         place = tl.arange(0, BLOCK_N)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -174,18 +178,18 @@ def _some(rows, k, inside, K: tl.constexpr, WIDE: tl.constexpr):
 def _added(sums, tile, rows, ON_THE_RIGHT: tl.constexpr):
     """Sums with the products of a tile of the weight and rows of x, both along their depth."""
     if ON_THE_RIGHT:
-        sums = tl.dot(rows, tl.trans(tile), sums, out_dtype=sums.dtype)
+        sums = tl.dot(rows, tl.trans(tile), sums, max_num_imprecise_acc=_IMPRECISE, out_dtype=sums.dtype)
     else:
-        sums = tl.dot(tile, tl.trans(rows), sums, out_dtype=sums.dtype)
+        sums = tl.dot(tile, tl.trans(rows), sums, max_num_imprecise_acc=_IMPRECISE, out_dtype=sums.dtype)
     return sums
 
 
 @triton.jit
-def _whole(sums):
+def _of_halves(sums, LOWER: tl.constexpr):
     """Sums of both halves of the rows, side by side, as one of the rows."""
     halves = tl.reshape(sums, (sums.shape[0], 2, sums.shape[1] // 2))
     upper, lower = tl.split(tl.permute(halves, (0, 2, 1)))
-    return upper.to(tl.float32) * 256.0 + lower.to(tl.float32)
+    return upper.to(tl.float32) * 256.0 + lower.to(tl.float32) if sums.dtype.is_int32() else upper + lower / LOWER
 
 
 @triton.jit

@@ -17,7 +17,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -35,7 +34,7 @@ from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.linear import linear, share_norm
 from headrace.kernels.ops.linears import linear_both, linear_sum
-from headrace.kernels.ops.norm import norm
+from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.ops.placement import EXPECTED, place
 from headrace.kernels.ops.pooling import pool
 from headrace.kernels.ops.rotary import rotary_table, rotate_and_cache
@@ -117,15 +116,27 @@ def linear_sum_cases() -> Iterator[Case]:
 def dequantize_cases() -> Iterator[Case]:
     """Rows of part of a tile, of several; few of them and many."""
     for scheme, dtype, shape in product(SCHEMES, DTYPES, [(5, 1030), (1, 16), (70, 129)]):
-        given, _ = quantized({"weight": torch.randn(shape, dtype=dtype)}, scheme)
-        yield f"{scheme} {dtype} {shape}", lambda run, given=given: run(dequantize, given["weight"], given["scale"])
+        made, _ = quantized({"weight": torch.randn(shape, dtype=dtype)}, scheme)
+        given = made["weight"], made["scale"], dtype
+        yield f"{scheme} {dtype} {shape}", lambda run, given=given: run(dequantize, *given)
 
 
-def rows_cases(op: Callable[..., object]) -> Iterator[Case]:
+def halve_rows_cases() -> Iterator[Case]:
     """Parts of a tile and whole ones, with and without norms; one row, several and none."""
+    for scheme, (name, x, before) in product(SCHEMES.values(), _rows()):
+        yield f"{scheme.name} {name}", lambda run, args=(x, scheme.dtype, before): run(halve_rows, *args)
+
+
+def round_rows_cases() -> Iterator[Case]:
+    """Likewise."""
+    for name, x, before in _rows():
+        yield name, lambda run, args=(x, before): run(round_rows, *args)
+
+
+def _rows() -> Iterator[tuple[str, torch.Tensor, NormWeights | None]]:
     for dtype, shape, name in product(DTYPES, [(3, 1001), (1, 16), (0, 40)], ["plain", "layer", "rms"]):
         given = make(dtype, (shape[0], 4, shape[1]), name)
-        yield f"{dtype} {shape} {name}", lambda run, given=given: run(op, given["x"], given.get("before"))
+        yield f"{dtype} {shape} {name}", given["x"], given.get("before")
 
 
 def share_norm_cases() -> Iterator[Case]:
@@ -388,8 +399,8 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "linear_both": linear_both_cases,
     "linear_sum": linear_sum_cases,
     "dequantize": dequantize_cases,
-    "halve_rows": partial(rows_cases, halve_rows),
-    "round_rows": partial(rows_cases, round_rows),
+    "halve_rows": halve_rows_cases,
+    "round_rows": round_rows_cases,
     "norm": norm_cases,
     "paged_attention": paged_attention_cases,
     "place": place_cases,

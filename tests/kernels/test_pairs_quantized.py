@@ -3,6 +3,7 @@ float64: so only the kernel errs here. What quantizing costs is in test_quantize
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,7 +16,7 @@ from headrace.kernels.ops.linears import linear_both, linear_sum
 from headrace.kernels.ops.norm import norm
 from headrace.kernels.ops.rows import halve_rows, round_rows
 from headrace.kernels.quantize import SCHEMES, store
-from headrace.kernels.tuning import MOST_ROWS, Tiles
+from headrace.kernels.tuning import GEMV_ROWS, MOST_ROWS, Tiles
 from tests.kernels.test_pairs import DTYPES
 from tests.kernels.test_pairs_linear import FEW, SKINNY, check, compute, compute_with, make
 from tests.kernels.test_pairs_linears import BOTH, SUMS, make_both, make_sum, projection, summed
@@ -32,7 +33,7 @@ def quantized(given: dict[str, Any], scheme: str, *, weight: str = "weight") -> 
     """Arguments with their weight in 8 bits, and the same with the numbers for which it stands."""
     rows = given[weight]
     values = torch.empty_like(rows, dtype=SCHEMES[scheme].dtype)
-    scale = torch.empty(len(rows), dtype=rows.dtype)
+    scale = torch.empty(len(rows), dtype=SCHEMES[scheme].factors or rows.dtype)
     store(rows, values, scale)
     meant = values.double() * scale.double()[:, None]
     named = {weight: values, weight.replace("weight", "scale"): scale}
@@ -42,17 +43,28 @@ def quantized(given: dict[str, Any], scheme: str, *, weight: str = "weight") -> 
 
 
 def check_product(kernels: Kernels, found: torch.Tensor, given: dict[str, Any], meant: dict[str, Any]) -> None:
-    """Of rows that are rounded first, which has a test of its own; of so many that the weight becomes 16-bit; or else
-    as it is."""
-    if rounds(given["x"], given["weight"]):
-        rows, factors = kernels(round_rows, given["x"], given.get("before"))
-        assert found.dtype is given["x"].dtype
-        meant = {name: value for name, value in meant.items() if name not in ("before", "folded")}
-        check(found.to(BFLOAT), meant | {"x": rows.double() * factors.double()}, BFLOAT)  # a library's products
+    """With the rows that the kernel makes of x, which has tests of its own; and of so many rows that the weight becomes
+    16-bit with what is left of it."""
+    x, before, narrow = given["x"], given.get("before"), given["weight"].dtype
+    assert found.dtype is x.dtype
+    if rounds(x, given["weight"]):
+        rows, factors = kernels(round_rows, x, before)
+        rows, found = rows.double() * factors.double(), found.to(BFLOAT)  # which a library makes of fp8
+    elif GEMV_ROWS < len(x) <= MOST_ROWS and x.dtype is not FLOAT:
+        halves, factors = kernels(halve_rows, x, narrow, before)
+        rows = decoded(halves.double(), narrow) * factors.double()[:, None]
+    elif len(x) > MOST_ROWS:
+        check(found, meant | {"weight": meant["weight"].to(x.dtype)})
         return
-    if len(given["x"]) > MOST_ROWS:
-        meant = meant | {"weight": meant["weight"].to(given["x"].dtype)}
-    check(found, meant)
+    else:
+        check(found, meant)
+        return
+    meant = {name: value for name, value in meant.items() if name not in ("before", "folded")}
+    check(found, meant | {"x": rows}, found.dtype)
+
+
+def decoded(halves: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return 256 * halves[0] + halves[1] if dtype is torch.int8 else halves[0] + halves[1] / 16
 
 
 @cases(
@@ -83,7 +95,7 @@ def test_float32_stays_exact(kernels: Kernels, case):
     check_product(kernels, compute(kernels, given), given, meant)
 
 
-# Tiles that the table would not choose, and rows; of few rows for both kinds, of many for whole numbers alone.
+# Tiles that the table would not choose, and rows.
 FEW_TILES = [(Tiles("gemv", 4, 512, 1), 2), (Tiles("keep", 16, 2048, 8, programs=2), 1), (Tiles("torch"), 3)]
 TILES = [
     *[(Tiles("skinny", 64, 64, 4, 3, 3, early=True), 5), (Tiles("skinny", 16, 128, 4, 3, 8, ahead=True), 70)],
@@ -100,13 +112,13 @@ GPU_TILES = [
 
 
 @cases(
-    [*product(NAMES, FEW_TILES), *product(["int8"], TILES)],
-    [*product(NAMES, GPU_FEW_TILES), *product(["int8"], GPU_TILES)],
+    product(NAMES, [*FEW_TILES, *TILES]),
+    product(NAMES, [*GPU_FEW_TILES, *GPU_TILES]),
 )
 def test_tiles_make_no_difference(kernels: Kernels, case):
     scheme, (tiles, rows) = case
     given, meant = quantized(make(HALF, (rows, 70, 1104), "all"), scheme)
-    check(compute_with(kernels, tiles, given), meant)
+    check_product(kernels, compute_with(kernels, tiles, given), given, meant)
 
 
 @cases(
@@ -145,7 +157,7 @@ def test_the_sum_of_two_products(kernels: Kernels, case):
 def test_dequantize(kernels: Kernels, case):
     scheme, dtype, shape = case
     given, _ = quantized({"weight": torch.randn(shape, dtype=dtype)}, scheme)
-    found = kernels(dequantize, given["weight"], given["scale"])
+    found = kernels(dequantize, given["weight"], given["scale"], dtype)
     exact = given["weight"].double() * given["scale"].double()[:, None]
     assert found.dtype is dtype
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
@@ -170,11 +182,15 @@ def test_rows_in_8_bits(kernels: Kernels, case):
         normed = norm(normed, *(each.double() if isinstance(each, torch.Tensor) else each for each in before))
     largest = normed.abs().amax(dim=1, keepdim=True)
     slack = 1e-5 * (largest + normed.abs())  # of a norm in float32
-    halves, factors = kernels(halve_rows, x, before)
+    halves, factors = kernels(halve_rows, x, torch.int8, before)
     assert (halves.dtype, factors.dtype) == (torch.int8, FLOAT)
-    whole = 256 * halves[0].double() + halves[1].double()
-    error = (whole * factors.double()[:, None] - normed).abs()
+    error = (decoded(halves.double(), torch.int8) * factors.double()[:, None] - normed).abs()
     assert (error - largest / 65024 * 1.001 - slack).max() <= 0
+    halves, factors = kernels(halve_rows, x, torch.float8_e4m3fn, before)
+    assert (halves.dtype, factors.shape) == (torch.float8_e4m3fn, (rows,))
+    meant = decoded(halves.double(), halves.dtype) * factors.double()[:, None]
+    step = torch.maximum(normed.abs() / 256, largest / 448 / 16 * 2**-10)
+    assert ((meant - normed).abs() - step * 1.001 - slack).max() <= 0
     rounded, factors = kernels(round_rows, x, before)
     assert (rounded.dtype, factors.dtype, factors.shape) == (torch.float8_e4m3fn, FLOAT, (rows, 1))
     step = torch.maximum(normed.abs() / 16, largest / 448 * 2**-10)
@@ -182,29 +198,38 @@ def test_rows_in_8_bits(kernels: Kernels, case):
     assert (error - step * 1.001 - slack).max() <= 0
 
 
-@cases(["halve_rows", "round_rows"])
+OPS = {
+    "int8": partial(halve_rows, dtype=torch.int8),
+    "fp8": partial(halve_rows, dtype=torch.float8_e4m3fn),
+    "rounded": round_rows,
+}
+
+
+@cases(OPS)
 def test_what_is_not_a_number_stays_in_its_row(kernels: Kernels, case):
     x = torch.randn(4, 70)
     x[1, 3], x[2, 5] = torch.nan, torch.inf
-    _, factors = kernels({"halve_rows": halve_rows, "round_rows": round_rows}[case], x)
+    _, factors = kernels(OPS[case], x)
     assert factors.flatten().isfinite().tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("op", [halve_rows, round_rows])
-def test_references_of_rows(op):
+@pytest.mark.parametrize("name", OPS)
+def test_references_of_rows(name):
     x = torch.randn(5, 64)
     x[1], x[2, 3] = 0.0, torch.nan
-    rows, factors = op(x)
+    rows, factors = OPS[name](x)
     wide = rows.float()
-    meant = wide * factors if op is round_rows else (256 * wide[0] + wide[1]) * factors[:, None]
-    kept = [0, 1, 3, 4]
-    torch.testing.assert_close(meant[kept], x[kept], rtol=1 / 16 if op is round_rows else 0, atol=1e-2)
+    if name != "rounded":
+        wide = decoded(wide, rows.dtype)
+    meant, kept = wide * factors.reshape(-1, 1), [0, 1, 3, 4]
+    digits = {"int8": 0.0, "fp8": 1 / 256, "rounded": 1 / 16}[name]
+    torch.testing.assert_close(meant[kept], x[kept], rtol=digits, atol=1e-3 if name == "int8" else 1e-2 / 4)
     assert meant[2].isnan().all()
 
 
 @pytest.mark.parametrize("scheme", NAMES)
 @pytest.mark.parametrize("dtype", [BFLOAT, HALF, FLOAT])
-@pytest.mark.parametrize("rows", [1, 20, 40])
+@pytest.mark.parametrize("rows", [1, 40, 70])
 def test_the_reference_is_the_product_with_what_is_meant(scheme, dtype, rows):
     given, meant = quantized(make(dtype, (rows, 48, 96), "all"), scheme)
     copy = {name: value for name, value in given.items() if name not in ("x", "weight", "bias", "residual")}
