@@ -7,10 +7,9 @@ the addend (`headrace.kernels.ops.linear`).
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 
 from headrace.kernels.batch import Batch
-from headrace.kernels.linear import Linear
+from headrace.kernels.linear import Linear, are_plain
 from headrace.kernels.mlp import MLP, Experts, make_mlp
 from headrace.kernels.norm import Norm
 from headrace.kernels.ops.attention import paged_attention
@@ -146,7 +145,7 @@ class Block(nn.Module):
         first, second = self.attention_norm.weights, None if self.mlp_norm is None else self.mlp_norm.weights
         read, before = (x, first) if second is not None else share_norm(x, first)
         around, mlp = (batch, cache, cos_sin, table), self.mlp
-        if len(x) <= GEMV_ROWS and isinstance(mlp, MLP) and _are_plain(mlp, self.qkv, mlp.up, mlp.down, self.out):
+        if len(x) <= GEMV_ROWS and isinstance(mlp, MLP) and are_plain(mlp, self.qkv, mlp.up, mlp.down, self.out):
             # What does not wait for attention is computed with what does, so that each needs one launch.
             up = mlp.up.projection(second or before, mlp.spec.activation, gated=mlp.spec.gated)
             qkv, inner = linear_both(read, self.qkv.projection(before), up)
@@ -184,15 +183,3 @@ class Block(nn.Module):
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
         )
-
-
-def _are_plain(mlp: MLP, *products: Linear) -> bool:
-    """Whether to call them is to compute the products: they are ours, whatever an owner may put in their places, and
-    nobody has hooked in."""
-    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
-        return False
-    if type(mlp) is not MLP or any(type(product) is not Linear for product in products):
-        return False
-    return not any(
-        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in (mlp, *products)
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from headrace.kernels.norm import Norm
 from headrace.kernels.ops.linear import fold_norm, linear, pack_weight
@@ -12,7 +13,9 @@ from headrace.kernels.ops.norm import NormWeights
 from headrace.kernels.quantize import Scheme
 from headrace.kernels.spec import Activation
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "are_plain"]
+
+_OURS = __name__.rpartition(".")[0] + "."  # where all modules of a model are
 
 
 class Linear(nn.Module):
@@ -95,3 +98,13 @@ class Linear(nn.Module):
         out_size, in_size = self.weight.shape
         stored = "" if self.scale is None else f", {str(self.weight.dtype).removeprefix('torch.')}"
         return f"{in_size}, {out_size}, bias={self.bias is not None}{stored}"
+
+
+def are_plain(*parts: nn.Module) -> bool:
+    """Whether to call them is to compute what they stand for: they are ours, whatever an owner may put in their places,
+    and nobody has hooked in."""
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        return False
+    ours = all(type(part).__module__.startswith(_OURS) for part in parts)
+    hooked = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
+    return ours and not hooked

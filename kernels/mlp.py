@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headrace.kernels.linear import Linear
+from headrace.kernels.linear import Linear, are_plain
 from headrace.kernels.norm import Norm
 from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.linear import pack_weight
+from headrace.kernels.ops.linears import linear_chain
 from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.spec import MLPSpec
 
@@ -31,7 +32,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, before: NormWeights | None = None, residual: Tensor | None = None) -> Tensor:
         """[T, hidden] to [T, hidden], a norm before and an addition after it; the residual is lost, and may be x."""
-        inner = self.up(x, before=before, activation=self.spec.activation, gated=self.spec.gated)
+        activation, gated = self.spec.activation, self.spec.gated
+        if are_plain(self.up, self.down):
+            first = self.up.projection(before, activation, gated=gated)
+            return linear_chain(x, first, self.down.projection(), residual=residual)
+        inner = self.up(x, before=before, activation=activation, gated=gated)
         out: Tensor = self.down(inner, residual=residual)
         return out
 

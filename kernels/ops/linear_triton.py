@@ -158,10 +158,16 @@ def _rounded(
     gated: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    """By a library's product of fp8, whose results are of bfloat16."""
-    rows, factors = round_rows(x, before)
+    out = multiply_rounded(*round_rows(x, before), weight, bias, scale).to(x.dtype)
+    if activation is not None:
+        out = activate(out, activation, gated=gated)
+    return out if residual is None else out.add_(residual)
+
+
+def multiply_rounded(rows: Tensor, factors: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """The product [T, out] of rows that `round_rows` made with a weight of fp8, by a library, in bfloat16."""
     narrow = torch.bfloat16
-    out = torch._scaled_mm(
+    return torch._scaled_mm(
         rows,
         weight.T,
         scale_a=factors,
@@ -169,10 +175,7 @@ def _rounded(
         bias=None if bias is None else bias.to(narrow),
         out_dtype=narrow,
         use_fast_accum=True,
-    ).to(x.dtype)
-    if activation is not None:
-        out = activate(out, activation, gated=gated)
-    return out if residual is None else out.add_(residual)
+    )
 
 
 def _gemv(

@@ -1,5 +1,5 @@
 """Two products at a time, for few rows of which each launch would end and begin with a GPU half empty: of one input, or
-to one sum."""
+to one sum; and for many, one after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headrace.kernels.ops.norm import NormWeights
 from headrace.kernels.ops.pair import pair
 from headrace.kernels.spec import Activation
 
-__all__ = ["Projection", "linear_both", "linear_sum"]
+__all__ = ["Projection", "linear_both", "linear_chain", "linear_sum"]
 
 
 class Projection(NamedTuple):
@@ -47,3 +47,16 @@ def linear_sum(x: Tensor, first: Projection, other: Tensor, second: Projection, 
         residual: [T, out], added too. It is lost: its memory may be that of the result.
     """
     return linear(other, **second._asdict(), residual=linear(x, **first._asdict(), residual=residual))
+
+
+@pair
+def linear_chain(x: Tensor, first: Projection, second: Projection, *, residual: Tensor | None = None) -> Tensor:
+    """`linear` of what `linear` makes of `x` [T, in], plus the residual; returns [T, out of the second].
+
+    Args:
+        x: [T, in].
+        first: with what comes before and after it.
+        second: without.
+        residual: [T, out]. It is lost: its memory may be that of the result.
+    """
+    return linear(linear(x, **first._asdict()), **second._asdict(), residual=residual)

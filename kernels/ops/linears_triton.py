@@ -1,5 +1,5 @@
-"""Two products in one launch where both are of few rows, for which reading weights is all that takes time; otherwise
-they are computed one after the other."""
+"""Two products in one launch where both are of few rows, for which reading weights is all that takes time, or with one
+pass between them; otherwise they are computed one after the other."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from headrace.kernels.ops.chain_triton import chained
 from headrace.kernels.ops.gemv_two_triton import gemv_both, gemv_sum
 from headrace.kernels.ops.keep_launch import launch_keep
-from headrace.kernels.ops.linear_triton import linear, norms, tiles_of
+from headrace.kernels.ops.linear import rounds
+from headrace.kernels.ops.linear_triton import linear, multiply_rounded, norms, tiles_of
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.math_triton import OPTIONS
+from headrace.kernels.ops.rows import round_rows
 from headrace.kernels.tuning import Tiles, row_bucket
 
-__all__ = ["linear_both", "linear_sum"]
+__all__ = ["linear_both", "linear_chain", "linear_sum"]
 
 # A sum of two products needs a few registers more than a product: of threads whose tile fills so many, just more than
 # four programs of four warps can have. ptxas finds a way with those if it must; where it need not, it would take more.
@@ -90,6 +92,18 @@ def linear_sum(x: Tensor, first: Projection, other: Tensor, second: Projection, 
         **_bounded(tiles, weight),
     )
     return out
+
+
+def linear_chain(x: Tensor, first: Projection, second: Projection, *, residual: Tensor | None = None) -> Tensor:
+    """As `headrace.kernels.ops.linears.linear_chain`."""
+    scale, other_scale = first.scale, second.scale
+    if scale is None or other_scale is None or not (rounds(x, first.weight) and rounds(x, second.weight)):
+        return linear(linear(x, **first._asdict()), **second._asdict(), residual=residual)
+    # What comes of the first is rounded as it is activated, in one pass.
+    inner = multiply_rounded(*round_rows(x, first.before), first.weight, first.bias, scale)
+    rows, factors = round_rows(inner, activation=first.activation, gated=first.gated)
+    out = multiply_rounded(rows, factors, second.weight, second.bias, other_scale).to(x.dtype)
+    return out if residual is None else out.add_(residual)
 
 
 def _common_tiles(*products: tuple[Tensor, Tensor, bool]) -> Tiles | None:

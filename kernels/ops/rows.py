@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.ops.pair import pair
+from headrace.kernels.spec import Activation
 
 __all__ = ["LOWER_FP8", "halve_rows", "round_rows"]
 
@@ -40,8 +42,19 @@ def halve_rows(x: Tensor, dtype: torch.dtype, before: NormWeights | None = None)
 
 
 @pair
-def round_rows(x: Tensor, before: NormWeights | None = None) -> tuple[Tensor, Tensor]:
-    """The norm of `x` [T, in] as rows * factors; returns rows [T, in] fp8 (e4m3) and factors [T, 1] float32."""
+def round_rows(
+    x: Tensor, before: NormWeights | None = None, *, activation: Activation | None = None, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The norm or the activation of `x` as rows * factors; returns rows [T, in] fp8 (e4m3) and factors [T, 1] float32.
+
+    Args:
+        x: [T, in], gated [T, 2 * in], with the gate first.
+        before: the norm.
+        activation: gated, of the gate, which is then multiplied with what is behind it.
+        gated: whether there is a gate.
+    """
+    if activation is not None:
+        x = activate(x, activation, gated=gated)
     values, factors = _scaled(x, before, _LARGEST_FP8)
     return _fp8(values), factors[:, None]
 

@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.ops.activation_triton import activated
 from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.math_triton import OPTIONS, round_to_fp8
 from headrace.kernels.ops.norm import NormWeights
 from headrace.kernels.ops.rows import LOWER_FP8
+from headrace.kernels.spec import Activation
 
 __all__ = ["halve_rows", "round_rows"]
 
@@ -28,19 +30,31 @@ def halve_rows(x: Tensor, dtype: torch.dtype, before: NormWeights | None = None)
     return halves, factors
 
 
-def round_rows(x: Tensor, before: NormWeights | None = None) -> tuple[Tensor, Tensor]:
+def round_rows(
+    x: Tensor, before: NormWeights | None = None, *, activation: Activation | None = None, gated: bool = False
+) -> tuple[Tensor, Tensor]:
     """As `headrace.kernels.ops.rows.round_rows`."""
-    rows = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    width = x.shape[1] // (2 if gated else 1)
+    rows = torch.empty((len(x), width), dtype=torch.float8_e4m3fn, device=x.device)
     factors = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
-    _launch(x, before, rows, factors)
+    _launch(x, before, rows, factors, activation=activation, gated=gated)
     return rows, factors
 
 
-def _launch(x: Tensor, before: NormWeights | None, out: Tensor, factors: Tensor) -> None:
+def _launch(
+    x: Tensor,
+    before: NormWeights | None,
+    out: Tensor,
+    factors: Tensor,
+    *,
+    activation: Activation | None = None,
+    gated: bool = False,
+) -> None:
     if not len(x):
         return
     x = x if x.stride(1) == 1 else x.contiguous()
-    block = triton.next_power_of_2(x.shape[1])
+    width = out.shape[-1]
+    block = triton.next_power_of_2(width)
     spec = None if before is None else before.spec
     _narrow[(len(x),)](
         x,
@@ -51,10 +65,12 @@ def _launch(x: Tensor, before: NormWeights | None, out: Tensor, factors: Tensor)
         x.stride(0),
         len(x),
         0.0 if spec is None else spec.eps,
-        WIDTH=x.shape[1],
+        WIDTH=width,
         BLOCK=block,
         NORM=None if spec is None else spec.kind,
         UNIT_OFFSET=spec is not None and spec.unit_offset,
+        ACTIVATION=activation,
+        GATED=gated,
         HALVES=out.dim() > x.dim(),
         WHOLE=out.dtype is torch.int8,
         LOWER=LOWER_FP8,
@@ -78,6 +94,8 @@ def _narrow(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     HALVES: tl.constexpr,
     WHOLE: tl.constexpr,
     LOWER: tl.constexpr,
@@ -95,6 +113,10 @@ def _narrow(
         shift = tl.load(norm_bias + columns, mask=held, other=0.0).to(tl.float32)
     wait_for_earlier(CHAINED)
     values = tl.load(x + row * x_stride + columns, mask=held, other=0.0).to(tl.float32)
+    if ACTIVATION is not None:
+        values = activated(values, ACTIVATION)
+    if GATED:
+        values *= tl.load(x + row * x_stride + WIDTH + columns, mask=held, other=0.0).to(tl.float32)
     if NORM == "layer":
         mean = tl.sum(values, axis=0) / WIDTH
         values = tl.where(held, values - mean, 0.0)

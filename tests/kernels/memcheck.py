@@ -33,7 +33,7 @@ from headrace.kernels.ops.embedding import embed
 from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.full_attention import full_attention
 from headrace.kernels.ops.linear import linear, share_norm
-from headrace.kernels.ops.linears import linear_both, linear_sum
+from headrace.kernels.ops.linears import linear_both, linear_chain, linear_sum
 from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.ops.placement import EXPECTED, place
 from headrace.kernels.ops.pooling import pool
@@ -111,6 +111,15 @@ def linear_sum_cases() -> Iterator[Case]:
         given, _ = make_sum(*case)
         arguments, residual = summed(given), given["residual"]
         yield str(case), lambda run, given=(arguments, residual): run(linear_sum, *given[0], residual=given[1])
+
+
+def linear_chain_cases() -> Iterator[Case]:
+    """Of fp8, whose rows are rounded between the two."""
+    for dtype, rows in product(DTYPES, (65, 70)):
+        first, _ = quantized(make(dtype, (rows, 64, 48), "rms"), "fp8")
+        second, _ = quantized(make(dtype, (rows, 32, 32), "residual"), "fp8")
+        given = first["x"], projection(first)._replace(activation="silu", gated=True), projection(second)
+        yield f"{dtype} {rows} rows", lambda run, given=given: run(linear_chain, *given)
 
 
 def dequantize_cases() -> Iterator[Case]:
@@ -398,6 +407,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "linear": linear_cases,
     "linear_both": linear_both_cases,
     "linear_sum": linear_sum_cases,
+    "linear_chain": linear_chain_cases,
     "dequantize": dequantize_cases,
     "halve_rows": halve_rows_cases,
     "round_rows": round_rows_cases,

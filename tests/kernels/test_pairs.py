@@ -75,6 +75,7 @@ def test_every_reference_has_a_kernel_of_the_same_signature():
         "halve_rows",
         "linear",
         "linear_both",
+        "linear_chain",
         "linear_sum",
         "norm",
         "paged_attention",

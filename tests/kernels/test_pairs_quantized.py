@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.dequantize import dequantize
 from headrace.kernels.ops.linear import fold_norm, linear, rounds
-from headrace.kernels.ops.linears import linear_both, linear_sum
+from headrace.kernels.ops.linears import linear_both, linear_chain, linear_sum
 from headrace.kernels.ops.norm import norm
 from headrace.kernels.ops.rows import halve_rows, round_rows
 from headrace.kernels.quantize import SCHEMES, store
@@ -196,6 +197,44 @@ def test_rows_in_8_bits(kernels: Kernels, case):
     step = torch.maximum(normed.abs() / 16, largest / 448 * 2**-10)
     error = (rounded.double() * factors.double() - normed).abs()
     assert (error - step * 1.001 - slack).max() <= 0
+
+
+@cases(product([HALF, BFLOAT], [(3, 40), (70, 1100)], [("silu", True), ("gelu_tanh", False), ("relu", True)]))
+def test_rows_that_are_activated(kernels: Kernels, case):
+    dtype, (rows, size), (activation, gated) = case
+    x = torch.randn(rows, size * (2 if gated else 1)).mul(3).to(dtype)
+    found, factors = kernels(round_rows, x, activation=activation, gated=gated)
+    meant = activate(x.double(), activation, gated=gated)
+    largest = meant.abs().amax(dim=1, keepdim=True)
+    step = torch.maximum(meant.abs() / 16, largest / 448 * 2**-10) + 1e-5 * largest
+    assert ((found.double() * factors.double() - meant).abs() - step).max() <= 0
+
+
+def test_a_row_of_zeros_after_its_activation_stays_one():
+    rows, factors = round_rows(torch.tensor([[-1.0, -2.0, 5.0, 5.0]]), activation="relu", gated=True)
+    assert (rows.float() == 0).all()
+    assert (factors == 0).all()
+
+
+@cases(
+    [
+        *[("fp8", BFLOAT, 70, "rms", "silu", True), ("int8", HALF, 70, "plain", "gelu", False)],
+        ("fp8", HALF, 3, "layer", "relu", False),
+    ],
+    [(scheme, dtype, rows, "rms", "silu", True) for scheme in NAMES for dtype in DTYPES for rows in (1, 65, 257)],
+)
+def test_one_product_after_the_other(kernels: Kernels, case):
+    """In one pass between them, or none: no more than roundings of rows to fp8 differs from both done alone."""
+    scheme, dtype, rows, norm_name, activation, gated = case
+    first, _ = quantized(make(dtype, (rows, 48 * (2 if gated else 1), 80), norm_name), scheme)
+    second, _ = quantized(make(dtype, (rows, 32, 48), "residual"), scheme)
+    up = projection(first)._replace(activation=activation, gated=gated)
+    given = first["x"], up, projection(second)
+    found = kernels(linear_chain, *given, residual=second["residual"].clone()).double()
+    expected = linear_chain(*given, residual=second["residual"].clone()).double()
+    assert found.isfinite().all()
+    size = (expected - second["residual"].double()).norm()
+    assert (found - expected).norm() <= (0.03 if rounds(first["x"], first["weight"]) else 0.01) * size
 
 
 OPS = {
