@@ -37,6 +37,7 @@ def model_object(card: ModelCard) -> dict[str, Any]:
         "max_model_len": card.max_model_len,
         "architecture": card.architecture,
         "dtype": card.dtype,
+        **({"quantization": card.quantization} if card.quantization else {}),
         "num_parameters": card.num_parameters,
         "sampling_defaults": dict(card.sampling_defaults),
         "tasks": list(card.tasks),

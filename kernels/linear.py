@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
@@ -10,7 +12,7 @@ from headrace.kernels.norm import Norm
 from headrace.kernels.ops.linear import fold_norm, linear, pack_weight
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.norm import NormWeights
-from headrace.kernels.quantize import Scheme
+from headrace.kernels.quantize import NARROW, Scheme
 from headrace.kernels.spec import Activation
 
 __all__ = ["Linear", "are_plain"]
@@ -92,6 +94,15 @@ class Linear(nn.Module):
         else:
             with torch.inference_mode():
                 self._folded.copy_(folded)  # there it stays: CUDA graphs read it
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        """Move or convert the weights; what is in 8 bits stays so, whatever the rest becomes (`module.half()`)."""
+
+        def keeping_narrow(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return tensor.to(changed.device) if tensor.dtype in NARROW and changed.dtype not in NARROW else changed
+
+        return super()._apply(keeping_narrow, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -50,7 +50,7 @@ def ready_block(
     size = f"{_parameters(card.num_parameters)} parameters, " if card.num_parameters else ""
     rows = [("chat page", page), ("API", f"{page}v1")] if page else []
     rows += [
-        ("model", f"{printable(card.name)}  ({size}{card.dtype})"),
+        ("model", f"{printable(card.name)}  ({size}{_weights(card)})"),
         ("context", f"{card.max_model_len:,} tokens"),
     ]
     if GENERATE in card.tasks:
@@ -59,6 +59,10 @@ def ready_block(
         rows.append(("vectors", f"of {card.embedding_size:,} numbers, up to {seqs} texts at once"))
     rows.append(("try", _curl(card, page, needs_key)) if page else ("Python", f'headrace.Client("{endpoint}")'))
     return rows
+
+
+def _weights(card: ModelCard) -> str:
+    return f"{card.quantization} weights, {card.dtype}" if card.quantization else card.dtype
 
 
 def _parameters(count: int) -> str:

@@ -77,6 +77,13 @@ _ENGINE = (
         help="Of weights and KV cache; auto takes the checkpoint's.",
     ),
     option(
+        "--quantize",
+        heading="Model",
+        type=click.Choice(["int8", "fp8"]),
+        help="Keep the weights of layers in 8 bits: half the memory, and fewer bytes to read for each token. "
+        "fp8 takes a GPU of compute capability 8.9. Default: weights in --dtype.",
+    ),
+    option(
         "--device",
         heading="Model",
         metavar="DEVICE",
@@ -243,6 +250,7 @@ def engine_config(values: dict[str, Any]) -> EngineConfig:
         async_scheduling=values["async_scheduling"],
         cuda_graphs=not values["enforce_eager"],
         dtype=values["dtype"],
+        quantize=values["quantize"],
         device=values["device"],
     )
 

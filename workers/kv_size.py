@@ -113,6 +113,7 @@ def with_measured_cache(
         graphs=_graphs(model.spec, config, int(largest * _MARGIN)),
         block=KVCache.bytes_per_block(model.spec, config.block_size, dtype),
         block_size=config.block_size,
+        saved_by_int8=_saved_by_int8(model),
     )
     tokens, asked = _least_cache(card, config)
     check_fits(memory, needs, name=card.name, tokens=tokens, dtype=card.dtype, asked=asked)
@@ -136,7 +137,7 @@ def estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: tor
     widest = max(max(layer.attention.qkv_size, (3 if layer.mlp.gated else 2) * layer.mlp.size) for layer in spec.layers)
     rows = 0 if spec.is_encoder else config.max_num_seqs
     return Needs(
-        weights=sum(parameter.nbytes for parameter in blank.parameters()),
+        weights=sum(weight.nbytes for weight in (*blank.parameters(), *blank.scales().values())),
         workspace=step_bytes(
             tokens=tokens,
             rows=rows,
@@ -148,7 +149,16 @@ def estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: tor
         graphs=0 if spec.is_encoder else _graphs(spec, config, 0),
         block=0 if spec.is_encoder else KVCache.bytes_per_block(spec, config.block_size, dtype),
         block_size=config.block_size,
+        saved_by_int8=_saved_by_int8(blank),
     )
+
+
+def _saved_by_int8(model: Model) -> int:
+    """Bytes by which a model would be smaller if its layers were quantized; 0 if they are, or cannot be."""
+    if model.scheme is not None or any(layer.mlp.experts is not None for layer in model.spec.layers):
+        return 0
+    weights = [part.weight for part in model.projections().values()]
+    return sum(weight.nbytes - weight.numel() - len(weight) * weight.element_size() for weight in weights)
 
 
 def _graphs(spec: ModelSpec, config: EngineConfig, step: int) -> int:

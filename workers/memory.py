@@ -77,6 +77,7 @@ class Needs:
         graphs: kept by captured steps.
         block: one block of the KV cache over all layers; 0 for a model without one.
         block_size: tokens of a block.
+        saved_by_int8: of the weights, if they were quantized; 0 if they are, or cannot be.
     """
 
     weights: int
@@ -84,6 +85,7 @@ class Needs:
     graphs: int = 0
     block: int = 0
     block_size: int = 1
+    saved_by_int8: int = 0
 
     @property
     def fixed(self) -> int:
@@ -169,6 +171,8 @@ def _remedies(memory: GpuMemory, needs: Needs, tokens: int, least: int, dtype: s
         found.append(f"--{asked.replace('_', '-')} {room * needs.block_size} or less")
     if dtype == "float32" and (needed + 1) // 2 <= allowed:
         found.append("--dtype bfloat16, which needs half of it")
+    if needs.saved_by_int8 and needed - needs.saved_by_int8 <= allowed:
+        found.append(f"--quantize int8, with which the weights take {_gib(needs.weights - needs.saved_by_int8)}")
     if needed - needs.workspace * 3 // 4 <= allowed:
         found.append("a quarter of --max-num-batched-tokens and of --max-num-seqs")
     share = -(-needed * 100 // memory.total) / 100

@@ -31,6 +31,7 @@ def init_inference(
     device: torch.device | str | None = None,
     max_tokens: int | None = None,
     policy: Policy | None = None,
+    quantize: str | torch.dtype | None = None,
     config: InferenceConfig | dict[str, Any] | str | Path | None = None,
     **settings: Any,
 ) -> InferenceEngine:
@@ -43,6 +44,7 @@ def init_inference(
         device: where it goes; None is the GPU if there is one, else the CPU.
         max_tokens: most tokens of one text, prompt and output together; None takes the model's own limit.
         policy: of a family that we do not ship (docs/library.md).
+        quantize: int8 or fp8, in which the weights of layers are kept; None keeps them in `dtype`.
         config: all of these, and those of `settings`, in an InferenceConfig, a dict or a JSON file.
         settings: the other fields of InferenceConfig, and DeepSpeed's names of settings.
 
@@ -51,7 +53,7 @@ def init_inference(
         UnsupportedModelError: no policy covers the model; names the nearest.
         ModelError: its files or weights are missing, damaged or do not fit.
     """
-    own = {"dtype": dtype, "device": device, "max_tokens": max_tokens, "policy": policy}
+    own = {"dtype": dtype, "device": device, "max_tokens": max_tokens, "policy": policy, "quantize": quantize}
     given = {name: value for name, value in own.items() if value is not None and value != "auto"}
     settled = InferenceConfig.of(config, **given, **settings)
     return InferenceEngine(load(model_or_path, settled), settled)

@@ -24,7 +24,7 @@ class InferenceConfig:
 
     Attributes:
         dtype: of weights and activations: float32, bfloat16, float16, or auto for the model's own. A torch.dtype, or
-            its name.
+            its name. DeepSpeed's int8 is `quantize`.
         device: where the model goes; None is the GPU if there is one, else the CPU.
         max_tokens: most tokens of one text, prompt and output together; None takes the model's own limit.
         min_tokens: tokens of one text for which there must be memory, or init_inference fails.
@@ -33,7 +33,8 @@ class InferenceConfig:
         heads: likewise its number of attention heads.
         layer_norm_eps: likewise what its norms add to the variance.
         tensor_parallel: GPUs that share the model; this release computes on one.
-        quantize: int8 or fp8, in which the weights of layers are kept; None keeps them in `dtype`.
+        quantize: int8 or fp8, in which the weights of layers are kept; None keeps them in `dtype`. Likewise
+            torch.int8 or torch.float8_e4m3fn.
         offload: None; this release keeps all weights on the device.
         cuda_graphs: whether a GPU decodes by CUDA graphs, which are captured when first needed: None where it can,
             True or an error, False never.
@@ -120,13 +121,13 @@ class InferenceConfig:
         if self.tensor_parallel > 1:
             raise ConfigError(
                 f"tensor_parallel is {self.tensor_parallel}, but this release computes on one GPU. Leave it out; if "
-                "the model does not fit, use dtype='bfloat16' or a smaller model.",
+                "the model does not fit, use quantize='int8', dtype='bfloat16' or a smaller model.",
                 param="tensor_parallel",
             )
         if self.offload is not None:
             raise ConfigError(
                 "offload is given, but this release keeps all weights on the device. Leave it out; if the model does "
-                "not fit, use dtype='bfloat16', device='cpu' or a smaller model.",
+                "not fit, use quantize='int8', dtype='bfloat16', device='cpu' or a smaller model.",
                 param="offload",
             )
 

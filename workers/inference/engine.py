@@ -292,7 +292,7 @@ def _check_memory(kind: Kind, tokens: int) -> None:
     if needed > free:
         raise ConfigError(
             f"{tokens} tokens (min_tokens) need {needed:,} bytes of cache, but {free:,} are free on {kind.device}; "
-            "lower min_tokens, or use a narrower dtype or a smaller model.",
+            "lower min_tokens, or use quantize='int8', a narrower dtype or a smaller model.",
             param="min_tokens",
         )
 

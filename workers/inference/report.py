@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from headrace.kernels.linear import Linear
 from headrace.kernels.model import Model
+from headrace.kernels.quantize import SCHEMES
 from headrace.kernels.spec import AttentionSpec, HeadSpec, LayerSpec, MLPSpec, RotarySpec
 from headrace.kernels.tuning import MOST_ROWS
 from headrace.workers.inference.kind import GeneratingKind, Kind
@@ -34,8 +38,9 @@ class InferenceReport:
         slots: by part of a layer, the op that computes it and how; all ways if layers differ.
         left_alone: what was not injected, and why.
         dtype: of weights, activations and cache.
+        quantized: in what the weights of layers are kept instead: int8, fp8, or empty.
         device: where the model is.
-        weight_bytes: memory that the weights take.
+        weight_bytes: memory that the weights take, with the factors of those that are quantized.
         kv_bytes_per_token: memory that the cache takes for each token of a text; 0 if nothing is cached.
         max_tokens: of one text.
         graphs: by kind of call, generate and streams, whether its steps are CUDA graphs, and if not, why.
@@ -50,6 +55,7 @@ class InferenceReport:
     slots: dict[str, str]
     left_alone: dict[str, str]
     dtype: str
+    quantized: str
     device: str
     weight_bytes: int
     kv_bytes_per_token: int
@@ -65,7 +71,7 @@ class InferenceReport:
             "layers": f"{self.layers_replaced} of {self.layers_total} replaced{parts if both else ''}",
             "kernels": self.kernels,
             **self.slots,
-            "dtype": f"{self.dtype} on {self.device}",
+            "dtype": f"{_precision(self)} on {self.device}",
             "weights": f"{_size(self.weight_bytes)}",
             "cache": f"{cache}, at most {self.max_tokens:,} tokens a text",
             "graphs": "; ".join(f"{call} {how}" for call, how in self.graphs.items()) or "none, for nothing is decoded",
@@ -84,6 +90,8 @@ def make_report(kind: Kind, streams: Streams | None = None) -> InferenceReport:
     encoder = len(spec.encoder.layers) if spec.encoder else len(spec.layers) if spec.is_encoder else 0
     blocks = len(model.blocks) + (len(model.encoder.blocks) if model.encoder is not None else 0)
     left_alone = {"embedding": "a look-up, there is nothing to fuse it with"}
+    if model.scheme is not None:
+        left_alone |= _not_quantized(model)
     if loaded.task is not None:
         reason = f"the head of {loaded.architecture} runs as transformers wrote it, on the states of our layers"
         left_alone |= dict.fromkeys(head_parts(loaded.task), reason)
@@ -98,12 +106,23 @@ def make_report(kind: Kind, streams: Streams | None = None) -> InferenceReport:
         slots=_slots(model),
         left_alone=left_alone,
         dtype=str(kind.dtype).removeprefix("torch."),
+        quantized="" if model.scheme is None else model.scheme.name,
         device=str(kind.device),
-        weight_bytes=sum(weight.numel() * weight.element_size() for weight in kind.module.parameters()),
+        weight_bytes=sum(
+            weight.numel() * weight.element_size() for weight in (*kind.module.parameters(), *model.scales().values())
+        ),
         kv_bytes_per_token=kind.cache_bytes(1),
         max_tokens=kind.max_tokens,
         graphs=_graphs(kind, streams) if isinstance(kind, GeneratingKind) else {},
     )
+
+
+def _not_quantized(model: Model) -> dict[str, str]:
+    """What of a quantized model is not, and why."""
+    why = {"embedding": "a look-up of one row a token: there is nothing to fuse it with, nor to gain by quantizing"}
+    if model.head is not None:
+        why["head"] = "not quantized, for what it errs by is seen in the logits at once"
+    return why | {"norms and biases": "not quantized, for they take next to no memory"}
 
 
 def _graphs(kind: GeneratingKind, streams: Streams | None) -> dict[str, str]:
@@ -127,7 +146,7 @@ def _slots(model: Model) -> dict[str, str]:
     """By slot, the op that computes it and how; what differs between layers is named once each."""
     spec = model.spec
     layers = (*(spec.encoder.layers if spec.encoder else ()), *spec.layers)
-    linear = _linear(model)
+    linear = _linear(next(iter(model.projections().values()), None))
     slots = {"qkv": f"{linear}, queries, keys and values stacked"}
     if cached := [layer for layer in layers if layer.attention.causal]:
         slots["rotary"] = _each(_rotary(layer.rotary) for layer in cached)
@@ -139,9 +158,9 @@ def _slots(model: Model) -> dict[str, str]:
     slots["norm"] = _each(_norm(layer) for layer in layers)
     slots["mlp"] = _each(_mlp(layer.mlp, linear) for layer in layers)
     if spec.head is not None:
-        slots["head"] = _head(spec.head, model, linear)
+        slots["head"] = _head(spec.head, model, _linear(model.head))
     if spec.pooler:
-        slots["pooler"] = f"{linear} and tanh, of each text's first token"
+        slots["pooler"] = f"{_linear(model.pooler)} and tanh, of each text's first token"
     return slots
 
 
@@ -156,8 +175,21 @@ def _each(texts: Iterable[str]) -> str:
     return " / ".join(dict.fromkeys(texts))
 
 
-def _linear(model: Model) -> str:
-    weight = next(module for module in model.modules() if isinstance(module, Linear)).weight
+def _precision(report: InferenceReport) -> str:
+    return f"{report.quantized} weights, {report.dtype} activations and cache" if report.quantized else report.dtype
+
+
+def _linear(part: nn.Module | None) -> str:
+    if not isinstance(part, Linear):
+        return "a module of your own"
+    weight = part.weight
+    if part.scale is not None:
+        stored = next(scheme.name for scheme in SCHEMES.values() if scheme.dtype is weight.dtype)
+        if weight.is_cuda:
+            return f"linear ({stored}, Triton up to {MOST_ROWS} rows, above dequantized for cuBLAS)"
+        if weight.dtype is torch.int8 and part.scale.dtype is torch.bfloat16:
+            return f"linear ({stored}, multiplied as it is for few rows, above dequantized for oneDNN)"
+        return f"linear ({stored}, dequantized for each product)"
     if weight.is_cuda:
         return f"linear (Triton up to {MOST_ROWS} rows, cuBLAS above)"
     return "linear (oneDNN, packed)" if weight.is_mkldnn else "linear (PyTorch)"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from headrace.errors import ConfigError
+from headrace.workers.inference.quantize_spelling import SCHEME_OF_DTYPE, read_quantize
 
 __all__ = ["translate"]
 
@@ -101,6 +102,9 @@ def translate(settings: Mapping[str, Any], known: frozenset[str]) -> dict[str, A
 def _translate_one(name: str, value: Any, known: frozenset[str]) -> tuple[str | None, Any]:
     if name in _HALF:
         return ("dtype", _HALF[name]) if _is_enabled(name, value) else (None, None)
+    if name == "dtype" and (scheme := SCHEME_OF_DTYPE.get(str(value).removeprefix("torch."))) is not None:
+        _warn(f"dtype={value} is deprecated; write quantize={scheme!r}, and dtype for activations and cache.")
+        return "quantize", scheme
     if name in _ALWAYS:
         accepted, reason = _ALWAYS[name]
         if not any(value is one or value == one for one in accepted):
@@ -151,14 +155,14 @@ def _dtype(value: Any) -> str:
     name = str(value).removeprefix("torch.")
     if name in _DTYPES:
         return _DTYPES[name]
-    hint = " (quantized weights are not in this release)" if name in ("int8", "int4", "uint8") else ""
-    raise ConfigError(f"dtype is {name}{hint}; give float32, bfloat16, float16 or auto.", param="dtype")
+    hint = "; for weights in 8 bits, give quantize='int8'" if name in ("int4", "uint8") else ""
+    raise ConfigError(f"dtype is {name}; give float32, bfloat16, float16 or auto{hint}.", param="dtype")
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
     "dtype": _dtype,
     "tensor_parallel": _degree,
-    "quantize": _nothing_if_empty,
+    "quantize": read_quantize,
     "offload": _nothing_if_empty,
 }
 

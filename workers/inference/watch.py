@@ -83,7 +83,8 @@ class Watch:
 
     def _keep(self) -> None:
         """Hold the weights' memory: until the next look, graphs go on reading it, whatever takes its place."""
-        self._kept = [weight.detach() for weight in self._model.parameters()]
+        weights = (*self._model.parameters(), *self._model.buffers())
+        self._kept = [weight.detach() for weight in weights]
 
 
 def _stranger(name: str, module: nn.Module) -> str | None:

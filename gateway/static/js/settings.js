@@ -111,7 +111,7 @@ export function setModel(model) {
         ["Name", model.id],
         ["Parameters", model.num_parameters ? inWords(model.num_parameters) : "not told"],
         ["Context", `${model.max_model_len.toLocaleString("en")} tokens`],
-        ["Weights", model.dtype],
+        ["Weights", model.quantization ? `${model.quantization}, else ${model.dtype}` : model.dtype],
         ["Architecture", model.architecture],
       ];
   byId("model-facts").replaceChildren(
