@@ -48,7 +48,7 @@ class Scheme:
     def quantize(self, rows: Tensor, values: Tensor, scale: Tensor) -> None:
         """Write rows [n, in] as narrow numbers [n, in] and factors [n]; what is no number stays none in its factor."""
         for some, those, theirs in zip(*(torch.split(each, _ROWS) for each in (rows, values, scale)), strict=True):
-            wide = some.to(scale.device, torch.float32)
+            wide = some.to(scale.device, torch.float32, copy=True)  # which is changed
             widest = wide.abs().amax(dim=1)
             theirs.copy_(widest / self.largest)
             rounded_down = theirs.float() * self.largest < widest

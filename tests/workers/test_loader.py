@@ -11,9 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from headrace.card import CHAT_TEMPLATE, TOKENIZER
 from headrace.errors import ConfigError, ModelFilesError, ModelNotFoundError, UnsupportedModelError
+from headrace.kernels.inject import inject
+from headrace.kernels.model import Model
+from headrace.kernels.policies import find_policy
+from headrace.kernels.quantize import SCHEMES
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.describe import describe
-from headrace.workers.loader import load_model
+from headrace.workers.loader import load_model, loading
+from tests.support.quantized import same_bytes
 from tests.support.tiny_models import save_model
 from tests.support.tiny_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer_json
 
@@ -78,6 +83,36 @@ def test_progress_counts_every_byte_once(saved):
     size = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "head.weight")
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1] == (size, size)
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_progress_counts_bytes_as_they_are_kept(saved, name):
+    seen: list[tuple[int, int]] = []
+    load_model(saved[1], scheme=SCHEMES[name], progress=lambda done, total: seen.append((done, total)))
+    plain = load_model(saved[1])
+    layers = sum(part.weight.numel() for part in plain.projections().values())
+    rest = sum(p.numel() for key, p in plain.named_parameters() if key != "head.weight") - layers
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (layers + 4 * rest,) * 2
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_files_and_modules_are_quantized_to_the_same_bytes(tmp_path, monkeypatch, name, dtype, read_ahead):
+    """Also where a layout transposes what files hold, as of GPT-2."""
+    monkeypatch.setattr(Model, "pack", lambda model: None)
+    module = save_model(tmp_path, "gpt2")
+    options = {"device": "cpu", "scheme": SCHEMES[name]}
+    with loading(Checkpoint(tmp_path), dtype=dtype, read_ahead=read_ahead, **options) as under_way:
+        loaded = under_way.finished().model
+    seen = []
+    policy = find_policy("GPT2LMHeadModel")
+    dtype = getattr(torch, dtype)
+    injected = inject(module, policy, dtype=dtype, progress=lambda *how: seen.append(how), **options).model
+    assert same_bytes(loaded, injected)
+    assert seen[-1][0] == seen[-1][1] == sum(parameter.nbytes for parameter in injected.parameters())
+    assert all(parameter.is_meta for parameter in module.parameters())
 
 
 def test_tensors_that_nobody_needs_are_told(folder, caplog):

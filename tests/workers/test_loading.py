@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from headrace.errors import ModelFilesError
 from headrace.kernels.inject import Filler
 from headrace.kernels.model import Model
+from headrace.kernels.quantize import SCHEMES
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.loader import load_model, loading
+from tests.support.quantized import same_bytes
 from tests.support.tiny_models import save_model
 
 
@@ -28,9 +30,9 @@ def held(monkeypatch):
     """Lets no weight be filled in before `set` is called."""
     gate, fill = threading.Event(), Filler.fill
 
-    def wait(filler, name, parameter):
+    def wait(*args):
         assert gate.wait(10)
-        fill(filler, name, parameter)
+        fill(*args)
 
     monkeypatch.setattr(Filler, "fill", wait)
     yield gate
@@ -52,6 +54,20 @@ def test_weights_are_numbers_before_they_are_there_and_right_afterwards(folder, 
     for name, parameter in found.named_parameters():
         assert torch.equal(parameter, expected[name]), name
     assert not threads()
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_8_bits_and_their_factors_are_zero_before_they_are_there(folder, held, name):
+    options = {"dtype": "bfloat16", "device": "cpu", "scheme": SCHEMES[name]}
+    with loading(Checkpoint(folder), read_ahead=True, **options) as under_way:
+        under_way.begin()
+        weights = [*under_way.model.parameters(), *under_way.model.scales().values()]
+        assert {weight.dtype for weight in weights} == {torch.bfloat16, SCHEMES[name].dtype}
+        assert not any(weight.float().any() for weight in weights)
+        held.set()
+        found = under_way.finished().model
+    assert same_bytes(found, load_model(folder, **options))
+    assert all(scale.all() for scale in found.scales().values())
 
 
 def test_the_first_and_the_last_word_are_said_by_who_asks(folder):
