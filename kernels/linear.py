@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from headrace.kernels.norm import Norm
 from headrace.kernels.ops.linear import fold_norm, linear, pack_weight
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.norm import NormWeights
-from headrace.kernels.quantize import NARROW, Scheme
+from headrace.kernels.quantize import NARROW, Scheme, store
 from headrace.kernels.spec import Activation
 
 __all__ = ["Linear", "are_plain"]
@@ -103,6 +104,16 @@ class Linear(nn.Module):
             return tensor.to(changed.device) if tensor.dtype in NARROW and changed.dtype not in NARROW else changed
 
         return super()._apply(keeping_narrow, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Quantize what others have kept as it was; copied into 8 bits it would lose all behind the point."""
+        rows = state_dict.get(f"{prefix}weight")
+        if self.scale is not None and isinstance(rows, Tensor) and rows.dtype not in NARROW and rows.ndim == 2:
+            values = torch.empty_like(rows, dtype=self.weight.dtype, device=self.weight.device)
+            scale = self.scale.new_empty(len(rows))
+            store(rows, values, scale)
+            state_dict = state_dict | {f"{prefix}weight": values, f"{prefix}scale": scale}
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

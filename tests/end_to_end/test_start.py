@@ -6,7 +6,11 @@ import json
 import socket
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from headrace.client import Client
+from tests.support.quantized import rounded
 from tests.support.tiny_models import make_greedy, save_model, save_t5
 from tests.support.up import Up
 
@@ -30,6 +34,27 @@ def test_once_ends_with_the_answer(folder):
     with Up(str(folder), "--once", "--prompt", "hello") as up:
         assert up.wait() == 0, up.output
         assert "tok/s" in up.output
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_group_with_weights_in_8_bits(folder, scheme):
+    """What it says is what transformers says with the numbers for which the 8 bits stand."""
+    reference = rounded(AutoModelForCausalLM.from_pretrained(folder), scheme)
+    with Up(str(folder), "--quantize", scheme) as up:
+        up.wait_ready()
+        assert f"parameters, {scheme} weights, float32)" in up.output
+        with Client(up.endpoint) as client:
+            (card,) = client.models()
+            assert (card.quantization, card.dtype) == (scheme, "float32")
+            ids = torch.tensor([client.text().encode("hello world")])
+            expected = reference.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :].tolist()
+            tokens = client.generate("hello world", temperature=0.0, max_tokens=30).choices[0].token_ids
+    assert list(tokens) == [token for token in expected if token not in card.eos_token_ids]
+
+
+def test_experts_are_not_quantized(tmp_path):
+    save_model(tmp_path, "mixtral")
+    assert "experts are not quantized in this release" in refusal(str(tmp_path), "--quantize", "int8")
 
 
 def test_a_folder_without_weights(folder):

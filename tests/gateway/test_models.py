@@ -19,6 +19,14 @@ def test_the_list_tells_what_a_picker_needs(serve):
     assert model["sampling_defaults"] == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
 
 
+def test_weights_in_8_bits_are_told(serve):
+    (plain,) = serve().http.get("/v1/models").json()["data"]
+    assert "quantization" not in plain
+    fake = FakeClient(cards=[card("tiny-chat", dtype="bfloat16", quantization="int8")])
+    (model,) = serve(fake).http.get("/v1/models").json()["data"]
+    assert (model["dtype"], model["quantization"]) == ("bfloat16", "int8")
+
+
 def test_no_model_is_an_empty_list_and_no_error(serve):
     assert serve(FakeClient(cards=[])).http.get("/v1/models").json() == {"object": "list", "data": []}
 

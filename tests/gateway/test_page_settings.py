@@ -33,6 +33,14 @@ def test_empty_fields_show_what_the_server_does(serve, visit):
     assert sampling == type(sampling)()
 
 
+@pytest.mark.parametrize(
+    ("changes", "shown"), [({}, "float32"), ({"quantization": "fp8", "dtype": "bfloat16"}, "fp8, else bfloat16")]
+)
+def test_the_page_tells_what_weights_are_kept_in(serve, visit, changes, shown):
+    page = visit(serve(FakeClient(cards=[card(**changes)]))).ready()
+    expect(page.open_settings().locator("#model-facts dd", has_text=shown)).to_have_text(shown)
+
+
 def test_what_is_set_reaches_the_request_and_is_remembered(serve, visit):
     running = serve()
     page = visit(running).ready()

@@ -107,6 +107,7 @@ def test_unknown_command_names_the_known():
         (["up", "--port", "70000"], "--port"),
         (["up", "--max-model-len", "many"], "--max-model-len"),
         (["up", "--dtype", "float8"], "--dtype"),
+        (["up", "--quantize", "int4"], "--quantize"),
         (["up", "--once"], "--prompt"),
         (["up", "--served-model-name", "a\tb"], "model_name"),
         (["up", "no-such-folder/"], "no-such-folder/"),

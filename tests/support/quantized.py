@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from headrace.kernels.inject import config_of
 from headrace.kernels.model import Model
 from headrace.kernels.policies import find_policy
-from headrace.kernels.quantize import Scheme
+from headrace.kernels.quantize import SCHEMES, Scheme, store
 from headrace.workers.loader import load_model
 from tests.support.tiny_encoders import make_any
 
-__all__ = ["blank_model", "meant_by", "same_bytes", "unpacked"]
+__all__ = ["blank_model", "meant_by", "rounded", "same_bytes", "unpacked"]
 
 
 def blank_model(name: str, scheme: Scheme | None = None, dtype: torch.dtype = torch.float32) -> Model:
@@ -42,6 +43,19 @@ def meant_by(quantized: Model) -> Model:
         exact = given[name].double()
         parameter.data.copy_(exact * scales[name].double()[:, None] if name in scales else exact)
     return plain
+
+
+def rounded(module: Any, name: str) -> Any:
+    """A module of transformers, the products of its layers rounded to what 8 bits hold. It knows nothing of our
+    layouts: a row of theirs is a row of ours, wherever it is stacked."""
+    scheme = SCHEMES[name]
+    for place, part in module.named_modules():
+        if re.search(r"\.\d+\.", place) and type(part).__name__ in ("Linear", "Conv1D"):
+            rows = part.weight.data if isinstance(part, torch.nn.Linear) else part.weight.data.T
+            values, scale = torch.empty_like(rows, dtype=scheme.dtype), rows.new_empty(len(rows))
+            store(rows, values, scale)
+            rows.copy_(values.to(rows.dtype) * scale[:, None])
+    return module
 
 
 def same_bytes(first: Model, other: Model) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -10,6 +11,7 @@ import torch
 
 from headrace.errors import ConfigError, ModelError
 from headrace.kernels.kv import KVCache
+from headrace.kernels.quantize import SCHEMES
 from headrace.workers import engines, kv_size
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
@@ -79,6 +81,49 @@ def test_the_weights_are_known_before_they_are_read(folder, loaded):
     for dtype in (torch.float32, torch.bfloat16):
         needs = kv_size.estimated(spec, card, EngineConfig(), dtype)
         assert needs.weights == sum(p.numel() for p in load_model(folder).parameters()) * dtype.itemsize
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("name", ["llama", "t5", "falcon-40b"])
+def test_weights_in_8_bits_are_known_with_their_factors(tmp_path, name, scheme):
+    (save_t5 if name == "t5" else save_model)(tmp_path, name)
+    checkpoint = Checkpoint(tmp_path)
+    spec, card = checkpoint.spec, describe(checkpoint)[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(tmp_path, dtype=str(dtype).removeprefix("torch."), scheme=SCHEMES[scheme])
+        taken = sum(w.numel() * w.element_size() for w in (*model.parameters(), *model.scales().values()))
+        # Packed for a CPU a tied head is a copy of the embedding.
+        taken -= model.embedding.weight.nbytes if spec.head.tied else 0
+        plain = kv_size.estimated(spec, card, EngineConfig(), dtype)
+        quantized = kv_size.estimated(spec, card, EngineConfig(quantize=scheme), dtype)
+        assert quantized.weights == taken
+        assert plain.weights - plain.saved_by_int8 == taken
+        assert quantized.saved_by_int8 == 0
+
+
+def test_nothing_can_be_saved_of_experts(tmp_path):
+    save_model(tmp_path, "mixtral")
+    checkpoint = Checkpoint(tmp_path)
+    spec, card = checkpoint.spec, describe(checkpoint)[0]
+    assert kv_size.estimated(spec, card, EngineConfig(), torch.bfloat16).saved_by_int8 == 0
+
+
+def test_int8_is_advised_where_it_would_fit(folder, gpu):
+    checkpoint = Checkpoint(folder)
+    spec, card = checkpoint.spec, describe(checkpoint)[0]
+    config = EngineConfig(cuda_graphs=False)
+    needs = kv_size.estimated(spec, card, config, torch.float32)
+    least = needs.fixed + needs.cache(512)
+    gpu(int((least - needs.saved_by_int8 // 2) / 0.9))
+    with pytest.raises(ModelError, match=r"What helps: .*--quantize int8, with which the weights take 0\.00 GiB"):
+        kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
+    assert kv_size.check_before_loading(
+        spec, card, dataclasses.replace(config, quantize="int8"), torch.float32, GPU
+    ), "it was advised, and does not fit either"
+    gpu(int((least - 2 * needs.saved_by_int8) / 0.9))
+    with pytest.raises(ModelError, match="What helps") as caught:
+        kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
+    assert "--quantize" not in caught.value.message
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, gpu, monkeypatch):

@@ -318,6 +318,12 @@ def test_the_fingerprint_is_that_of_the_content(saved, folder):
     original = describe(saved[1])[0].fingerprint
     assert describe(folder, name="other name")[0].fingerprint == original
     assert describe(folder, dtype="bfloat16")[0].fingerprint != original
+    # What a model says depends on it, so a stream is not continued by a group that quantizes otherwise.
+    others = [describe(folder, quantize=scheme)[0] for scheme in SCHEMES]
+    assert [card.quantization for card in others] == list(SCHEMES)
+    assert len({original, *(card.fingerprint for card in others)}) == 1 + len(SCHEMES)
+    assert describe(folder, quantize=None)[0].fingerprint == original
+    assert describe(folder)[0].quantization == ""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -97,6 +97,7 @@ def test_the_refusal_is_the_whole_sum():
     ("memory", "needs", "settings", "remedy"),
     [
         (gpu(20 * GIB), of_8b(weights=30 * GIB), {"dtype": "float32"}, "--dtype bfloat16"),
+        (gpu(16 * GIB), of_8b(saved_by_int8=7 * GIB), {}, "--quantize int8, with which the weights take 7.96 GiB"),
         (gpu(20 * GIB), of_8b(), {"tokens": 100_000, "asked": "max_model_len"}, r"--max-model-len \d+ or less"),
         (gpu(20 * GIB), of_8b(), {"tokens": 100_000, "asked": "kv_tokens"}, r"--kv-tokens \d+ or less"),
         (gpu(20 * GIB), of_8b(workspace=3 * GIB), {}, "--max-num-batched-tokens"),
@@ -109,6 +110,8 @@ def test_it_says_what_would_fit(memory, needs, settings, remedy):
 
 
 def test_a_dtype_that_would_not_fit_either_is_not_advised():
+    assert "--quantize" not in refusal(gpu(10 * GIB), of_8b(saved_by_int8=7 * GIB)).message
+    assert "--quantize" not in refusal(gpu(16 * GIB), of_8b()).message
     assert "bfloat16" not in refusal(gpu(10 * GIB), of_8b(weights=30 * GIB), dtype="float32").message
     assert "--max-model-len" not in refusal(gpu(10 * GIB), of_8b(), tokens=9000, asked="max_model_len").message
 
