@@ -5,12 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from enum import Enum
 
 import pytest
 import torch
 
 from headrace.errors import ConfigError
 from headrace.workers.inference import InferenceConfig
+
+
+class QuantType(Enum):
+    SYMMETRIC = "symmetric"
+    ASYMMETRIC = "asymmetric"
 
 
 def quiet(**settings):
@@ -56,6 +62,14 @@ def test_types_have_many_names(spelled):
         ("enable_cuda_graph", True, "cuda_graphs", True),
         ("quantization_setting", None, "quantize", None),
         ("quant", {"enabled": False}, "quantize", None),
+        ("quant", {}, "quantize", None),
+        ("quant", {"enabled": True}, "quantize", "int8"),
+        ("quant", {"weight": {"num_bits": 8, "q_type": "symmetric", "q_groups": 1}}, "quantize", "int8"),
+        ("quant", {"weight": {"enabled": False}}, "quantize", None),
+        ("quant", {"qkv": {"enabled": True}, "activation": {"enabled": False}}, "quantize", "int8"),
+        ("quantization_setting", 1, "quantize", "int8"),
+        ("quantization_setting", (False, 1), "quantize", "int8"),
+        ("quantization_setting", {"q_bits": 8, "q_type": QuantType.SYMMETRIC, "q_groups": 1}, "quantize", "int8"),
         ("zero", {}, "offload", None),
         ("zero_optimization", {"stage": 0}, "offload", None),
     ],
@@ -65,6 +79,33 @@ def test_old_names_are_translated_with_a_warning(old, value, new, meant):
         config = InferenceConfig(**{old: value})
     assert caught[0].filename == __file__
     assert config == InferenceConfig(**{new: meant})
+
+
+@pytest.mark.parametrize(
+    ("spelled", "meant"),
+    [
+        *[("int8", "int8"), (torch.int8, "int8"), ("torch.int8", "int8")],
+        *[("fp8", "fp8"), (torch.float8_e4m3fn, "fp8"), (None, None), (False, None)],
+    ],
+    ids=str,
+)
+def test_schemes_have_names_and_types(spelled, meant):
+    assert InferenceConfig(quantize=spelled).quantize == meant
+    assert InferenceConfig.of({"quantize": spelled}) == InferenceConfig.of(None, quantize=spelled)
+
+
+@pytest.mark.parametrize(("dtype", "scheme"), [(torch.int8, "int8"), ("int8", "int8"), (torch.float8_e4m3fn, "fp8")])
+def test_a_dtype_of_8_bits_is_one_of_weights(dtype, scheme):
+    """So it was in DeepSpeed; activations and cache keep the model's own."""
+    with pytest.warns(DeprecationWarning, match=f"is deprecated; write quantize='{scheme}', and dtype for activations"):
+        config = InferenceConfig(dtype=dtype)
+    assert config == InferenceConfig(quantize=scheme)
+    assert config.dtype == "auto"
+    assert quiet(dtype=dtype, fp16={"enabled": True}) == InferenceConfig(quantize=scheme, dtype="float16")
+
+
+def test_a_dtype_and_a_setting_may_say_the_same():
+    assert quiet(dtype=torch.int8, quantization_setting=1) == InferenceConfig(quantize="int8")
 
 
 def test_what_does_nothing_is_deprecated():
@@ -104,9 +145,27 @@ def test_types_as_training_configs_give_them(name, dtype):
         ({"tensor_parallel": {"tp_size": 2}}, "tensor_parallel is 2"),
         ({"tensor_parallel": {"tp_size": 1, "tp_group": object()}}, "has tp_group, which cannot be honoured"),
         ({"tensor_parallel": {"tp_size": 1, "tp_grain_size": 32}}, "has tp_grain_size, which cannot be honoured"),
-        ({"quantization_setting": object()}, "no quantized weights"),
-        ({"quantize": "int8"}, "no quantized weights"),
-        ({"dtype": torch.int8}, "dtype is int8 .quantized weights are not in this release.; give float32"),
+        ({"quantization_setting": object()}, "quantize is of type object; give 'int8', 'fp8', or None"),
+        ({"quantize": "int4"}, "quantize is 'int4'; give 'int8', 'fp8', or None"),
+        ({"quantize": True}, "quantize is True; give 'int8'"),
+        ({"quantization_setting": 64}, "asks for 64 groups, but each row of a weight is one here"),
+        ({"quantization_setting": (True, 1)}, "asks for extra groups of the MLP's weights"),
+        ({"quant": {"weight": {"num_bits": 4}}}, r"has num_bits=4; that cannot be honoured.*give 8; ours is quantize="),
+        (
+            {"quant": {"weight": {"q_type": "asymmetric"}}},
+            "has q_type='asymmetric', but zero is always zero.*symmetric",
+        ),
+        ({"quantization_setting": {"q_type": QuantType.ASYMMETRIC}}, "has q_type='asymmetric'"),
+        ({"quant": {"weight": {"q_groups": 64}}}, "asks for 64 groups.*give 1"),
+        ({"quant": {"weight": {"mystery": 5}}}, "has mystery=5.*leave it out"),
+        ({"quant": {"weight": True}}, "has weight=True, which is no map"),
+        ({"quant": {"activation": {"num_bits": 8}}}, "asks for quantized activations.*leave 'activation' out"),
+        ({"quant": {"qkv": {"enabled": False}}}, "leaves queries, keys and values out.*leave 'qkv' out"),
+        (
+            {"dtype": torch.int8, "quantize": "fp8"},
+            "dtype and quantize mean the same setting, but say 'int8' and 'fp8'",
+        ),
+        ({"dtype": torch.uint8}, "dtype is uint8; give float32.*for weights in 8 bits, give quantize='int8'"),
         ({"dtype": "float12"}, "dtype is float12; give float32"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "keeps all weights on the device"),
         ({"cuda_graphs": "yes"}, "cuda_graphs is 'yes'; give True, False, or None for where there is a GPU"),

@@ -1,7 +1,7 @@
 """The tutorial's own examples (tutorial.md) on tiny models that stand where it says "gpt2".
 
 What needs a GPU is replaced: `.cuda()` and `.cuda.synchronize()` do nothing. Where an example asks for several GPUs or
-for int8, the error is what it gets, and with what this release does, it runs.
+for an asymmetric quantization, the error is what it gets, and with what this release does, it runs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headrace
 from headrace.errors import ConfigError
+from tests.support.quantized import rounded
 from tests.support.tiny_models import make_model, save_model
 
 PAGE = (Path(__file__).parent / "tutorial.md").read_text()
 EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n+```python\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")
+
+
+class QuantizationType:
+    """As the page has it; no release of DeepSpeed does."""
+
+    ASYMMETRIC = "asymmetric"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,7 @@ def names():
         "torch": torch,
         "deepspeed": headrace,
         "Config": headrace.InferenceConfig,
+        "QuantizationConfig": dict,
         "model": AutoModelForCausalLM.from_pretrained("gpt2"),
         "tokenizer": AutoTokenizer.from_pretrained("gpt2"),
     }
@@ -87,7 +95,8 @@ def test_fp16(names):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("int8", "dtype is int8 .quantized weights are not in this release.|no quantized weights"),
+        ("int8", "has q_type='asymmetric', but zero is always zero here.*give 'symmetric'"),
+        ("quantized configuration", "has q_type='asymmetric'"),
         ("tensor parallelism", "tensor_parallel is 4, but this release computes on one GPU"),
         ("optimized configuration", "tensor_parallel is 4"),
         ("production configuration", "tensor_parallel is 8"),
@@ -97,14 +106,28 @@ def test_fp16(names):
     ],
 )
 def test_what_this_release_has_not_is_said(names, name, says):
-    class QuantizationType:
-        ASYMMETRIC = "asymmetric"
-
-    names |= {"QuantizationConfig": dict, "QuantizationType": QuantizationType, "__name__": "__main__"}
+    names |= {"QuantizationType": QuantizationType, "__name__": "__main__"}
     model = names["model"]
     with pytest.raises(ConfigError, match=says):
         run(name, names)
     assert not next(model.parameters()).is_meta
+
+
+@pytest.mark.parametrize(("name", "edits"), [("int8", {}), ("quantized configuration", {"mp_size": 1})])
+def test_int8_symmetric(names, name, edits, monkeypatch):
+    """Weights in 8 bits, and the rest as the model has it: what the page calls mixed precision."""
+    plain = reference(torch.float32)
+    monkeypatch.setattr(QuantizationType, "ASYMMETRIC", "symmetric")
+    engine = run(name, names | {"QuantizationType": QuantizationType}, **edits)["model"]
+    assert (engine.dtype, engine.report().quantized) == (torch.float32, "int8")
+    ids = torch.tensor([[5, 60, 7, 100]])
+    expected = rounded(plain, "int8").generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(engine.generate(ids, max_new_tokens=20, do_sample=False), expected)
+
+
+def test_int8_without_settings(names):
+    """As the page's advice for too little memory has it."""
+    assert run("memory", names)["model"].report().quantized == "int8"
 
 
 @pytest.mark.parametrize("name", ["tensor parallelism", "optimized configuration"])

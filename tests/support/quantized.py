@@ -50,7 +50,7 @@ def rounded(module: Any, name: str) -> Any:
     layouts: a row of theirs is a row of ours, wherever it is stacked."""
     scheme = SCHEMES[name]
     for place, part in module.named_modules():
-        if re.search(r"\.\d+\.", place) and type(part).__name__ in ("Linear", "Conv1D"):
+        if re.search(r"\.\d+\.", place) and (isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D"):
             rows = part.weight.data if isinstance(part, torch.nn.Linear) else part.weight.data.T
             values, scale = torch.empty_like(rows, dtype=scheme.dtype), rows.new_empty(len(rows))
             store(rows, values, scale)

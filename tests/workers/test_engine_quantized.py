@@ -15,9 +15,8 @@ from tests.support.engines import generate
 from tests.support.quantized import rounded
 from tests.support.tiny_encoders import save_encoder
 from tests.support.tiny_models import FAMILIES, T5_VARIANTS, save_model, save_t5
-from tests.workers.test_engine import STEPS, answer, greedy, load, texts
+from tests.workers.test_engine import PROMPTS, STEPS, answer, greedy, load
 
-PROMPTS = texts(1, 8, 50)
 ALL = [("int8", name) for name in FAMILIES if name != "mixtral"]
 SOME = [("fp8", name) for name in ("llama", "gpt2", "falcon-40b", "gemma2")]
 
@@ -36,7 +35,7 @@ def test_greedy_tokens_are_those_of_the_rounded_model(tmp_path, scheme, name):
 def test_answers_are_those_of_the_rounded_model(tmp_path, scheme, name):
     reference = rounded(save_t5(tmp_path, name), scheme)
     expected = [answer(reference, text) for text in PROMPTS]
-    assert generate(load(tmp_path, quantize=scheme, max_batch_tokens=64), PROMPTS, max_tokens=STEPS) == expected
+    assert generate(load(tmp_path, quantize=scheme, max_batch_tokens=150), PROMPTS, max_tokens=STEPS) == expected
 
 
 def test_an_encoder(tmp_path):

@@ -117,9 +117,9 @@ def test_int8_is_advised_where_it_would_fit(folder, gpu):
     gpu(int((least - needs.saved_by_int8 // 2) / 0.9))
     with pytest.raises(ModelError, match=r"What helps: .*--quantize int8, with which the weights take 0\.00 GiB"):
         kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
-    assert kv_size.check_before_loading(
-        spec, card, dataclasses.replace(config, quantize="int8"), torch.float32, GPU
-    ), "it was advised, and does not fit either"
+    assert kv_size.check_before_loading(spec, card, dataclasses.replace(config, quantize="int8"), torch.float32, GPU), (
+        "it was advised, and does not fit either"
+    )
     gpu(int((least - 2 * needs.saved_by_int8) / 0.9))
     with pytest.raises(ModelError, match="What helps") as caught:
         kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
