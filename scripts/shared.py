@@ -80,8 +80,8 @@ _ENGINE = (
         "--quantize",
         heading="Model",
         type=click.Choice(["int8", "fp8"]),
-        help="Keep the weights of layers in 8 bits: half the memory, and fewer bytes to read for each token. "
-        "fp8 takes a GPU of compute capability 8.9. Default: weights in --dtype.",
+        help="Keep the weights of layers in 8 bits: less memory, and fewer bytes to read for each token. "
+        "fp8 takes a GPU of compute capability 8.9; on a CPU it saves memory only. Default: weights in --dtype.",
     ),
     option(
         "--device",
