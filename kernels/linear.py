@@ -113,7 +113,7 @@ class Linear(nn.Module):
             scale = self.scale.new_empty(len(rows))
             store(rows, values, scale)
             state_dict = state_dict | {f"{prefix}weight": values, f"{prefix}scale": scale}
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -8,8 +8,10 @@ import gc
 import pytest
 import torch
 
+from headrace.kernels.quantize import SCHEMES
 from headrace.workers.inference import init_inference
 from tests.inference.batches import padded, positions_of
+from tests.support.quantized import rounded
 from tests.support.tiny_models import make_model
 from tests.support.tiny_tokenizer import END_OF_TEXT
 
@@ -39,6 +41,28 @@ def test_logits_are_those_of_the_cpu(name):
     assert got.is_cuda
     assert not got[MASK == 0].any()
     assert (got[MASK == 1].float().cpu() - expected).abs().mean() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-40b"])
+def test_weights_in_8_bits(name, dtype, scheme):
+    """Step by step, by graphs, and with more rows at once than kernels take."""
+    reference = rounded(make_model(name), scheme)
+    engine = init_inference(make_model(name), dtype=dtype, quantize=scheme)
+    assert "Triton up to" in engine.report().slots["out"]
+    assert "above dequantized for cuBLAS" in engine.report().slots["out"]
+    ids, mask = padded([200, 160, 1])
+    with torch.no_grad():
+        expected = reference(ids, attention_mask=mask, position_ids=positions_of(mask)).logits[mask == 1]
+    difference = (engine(ids.cuda(), mask.cuda()).logits[mask == 1].float().cpu() - expected).abs()
+    if dtype == "float32":
+        assert difference.max() < 2e-4 * expected.abs().max()
+        texts = engine.generate(IDS.cuda(), MASK.cuda(), **QUIET)
+        assert torch.equal(texts.cpu(), reference.generate(IDS, attention_mask=MASK, **QUIET))
+        assert "steps replayed" in engine.report().graphs["generate"]
+    else:
+        assert difference.mean() < 0.02 * expected.abs().max()
 
 
 ENCODER_IDS, ENCODER_MASK = padded([38, 16, 1], vocab=99)

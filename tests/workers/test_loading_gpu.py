@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from headrace.kernels.model import Model
+from headrace.kernels.quantize import SCHEMES
 from headrace.workers import parallel_reader
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
 from headrace.workers.engine import Engine
 from headrace.workers.engines import load_engine
 from headrace.workers.loader import load_model
+from tests.support.quantized import same_bytes
 from tests.support.tiny_models import FAMILIES, make_model, save_model
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +41,30 @@ def test_what_a_gpu_gets_is_what_a_cpu_gets(family, dtype, piece, tmp_path, monk
         assert parameter.is_cuda
         assert parameter.dtype is expected[name].dtype
         assert torch.equal(parameter.cpu(), expected[name]), name
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon-40b"])
+def test_a_gpu_quantizes_as_a_cpu_does(family, dtype, scheme, tmp_path, monkeypatch):
+    monkeypatch.setattr(Model, "pack", lambda model: None)
+    make_model(family).save_pretrained(tmp_path, max_shard_size="100KB")
+    here, there = (
+        load_model(tmp_path, dtype=dtype, device=device, scheme=SCHEMES[scheme]) for device in ("cpu", "cuda")
+    )
+    assert all(scale.is_cuda for scale in there.scales().values())
+    assert same_bytes(here, there.cpu())
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_weights_in_8_bits_that_are_loaded_beside_a_rehearsal_are_complete(scheme, tmp_path, monkeypatch):
+    save_model(tmp_path, "llama")
+    config = EngineConfig(device="cuda", max_num_seqs=8, max_batch_tokens=64, quantize=scheme)
+    engine = load_engine(tmp_path, config)
+    assert isinstance(engine, Engine)
+    assert engine._rehearsed == engine.card.max_model_len
+    monkeypatch.setattr(Model, "pack", lambda model: None)
+    assert same_bytes(load_model(tmp_path, scheme=SCHEMES[scheme]), engine._runner.model.cpu())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

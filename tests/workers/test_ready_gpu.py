@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from headrace.kernels.quantize import SCHEMES
 from headrace.messages import Assignment, pack_tokens
 from headrace.workers.config import EngineConfig
 from headrace.workers.engines import load_engine
@@ -25,8 +26,19 @@ def _gpu():
 @pytest.mark.parametrize(("graphs", "dtype"), [(True, "bfloat16"), (False, "bfloat16"), (False, "float32")])
 @pytest.mark.parametrize("family", MIXED_LOAD_FAMILIES)
 def test_nothing_is_compiled_once_it_is_ready(tmp_path, caplog, family, graphs, dtype):
+    check_that_nothing_is_compiled(tmp_path, caplog, family, graphs=graphs, dtype=dtype)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_nothing_is_compiled_once_it_is_ready_with_weights_in_8_bits(tmp_path, caplog, family, scheme, graphs):
+    check_that_nothing_is_compiled(tmp_path, caplog, family, graphs=graphs, dtype="bfloat16", quantize=scheme)
+
+
+def check_that_nothing_is_compiled(tmp_path, caplog, family, *, graphs, **settings):
     (save_t5 if family == "t5" else save_model)(tmp_path, family)
-    engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG, cuda_graphs=graphs, dtype=dtype))
+    engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG, cuda_graphs=graphs, **settings))
     engine.warm_up()
     ready = engine.load_gauges()
     assert ready["compilations"] == 0
