@@ -40,11 +40,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
         self.register_buffer("scale", None)
         self._folded: Tensor | None = None
+        self._own_factors = False  # whether they have a dtype that is not the model's
 
     def quantize(self, scheme: Scheme) -> None:
         """Be one whose weight is quantized, before it is filled in."""
         blank = self.weight
         self.weight = nn.Parameter(torch.empty_like(blank, dtype=scheme.dtype), requires_grad=False)
+        self._own_factors = scheme.factors is not None
         self.scale = torch.empty(len(blank), dtype=scheme.factors or blank.dtype, device=blank.device)
 
     def forward(
@@ -97,13 +99,15 @@ class Linear(nn.Module):
                 self._folded.copy_(folded)  # there it stays: CUDA graphs read it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        """Move or convert the weights; what is in 8 bits stays so, whatever the rest becomes (`module.half()`)."""
+        """Move or convert the weights; what is in 8 bits stays so, whatever the rest becomes (`module.half()`), and so
+        do factors of a dtype of their own."""
 
-        def keeping_narrow(tensor: Tensor) -> Tensor:
+        def converted(tensor: Tensor) -> Tensor:
             changed = fn(tensor)
-            return tensor.to(changed.device) if tensor.dtype in NARROW and changed.dtype not in NARROW else changed
+            keeps = tensor.dtype in NARROW or (tensor is self.scale and self._own_factors)
+            return tensor.to(changed.device) if keeps and changed.dtype is not tensor.dtype else changed
 
-        return super()._apply(keeping_narrow, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        return super()._apply(converted, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Quantize what others have kept as it was; copied into 8 bits it would lose all behind the point."""

@@ -26,7 +26,7 @@ magnitudes = st.integers(-24, 11)
 def quantized(rows: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Narrow numbers and factors of rows."""
     values = torch.empty_like(rows, dtype=SCHEMES[name].dtype)
-    scale = torch.empty(len(rows), dtype=rows.dtype)
+    scale = torch.empty(len(rows), dtype=SCHEMES[name].factors or rows.dtype)
     store(rows, values, scale)
     return values, scale
 
@@ -70,7 +70,7 @@ def test_the_factor_is_the_least_that_holds_the_largest_value(name, dtype, seed,
     widest = rows.double().abs().amax(1)
     held = scale.double() * SCHEMES[name].largest
     assert (held * (1 + 2**-23) >= widest).all(), "the largest value was clamped"  # but for rounding of float32
-    assert (held <= widest * (1 + 2 * torch.finfo(dtype).eps) + torch.finfo(torch.float16).tiny).all()
+    assert (held <= widest * (1 + 2 * torch.finfo(scale.dtype).eps) + torch.finfo(torch.float16).tiny).all()
     assert not values.double().isnan().any()
 
 
@@ -141,7 +141,7 @@ def test_the_8_bits_stay_when_the_rest_is_converted(name):
         part = convert(nn.Sequential(part))[0]
         assert part.weight.dtype is SCHEMES[name].dtype
         assert torch.equal(part.weight.view(torch.uint8), before.view(torch.uint8))
-        assert part.scale.dtype is part.bias.dtype
+        assert part.scale.dtype is (SCHEMES[name].factors or part.bias.dtype)
     assert part.to("meta").weight.is_meta
     assert part.weight.dtype is SCHEMES[name].dtype
 

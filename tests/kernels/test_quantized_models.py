@@ -90,6 +90,20 @@ def test_bfloat16_and_int8_are_multiplied_as_they_are(tmp_path):
     assert lost(said(quantized), wanted) < 1.3 * lost(said(narrow), wanted)
 
 
+@torch.inference_mode()
+def test_many_rows_of_fp8_are_rounded_too(tmp_path):
+    """Tensor cores multiply their like; so a long prompt loses what its rows lose, beside what the weights have lost."""
+    save_model(tmp_path, "llama", hidden_size=96, intermediate_size=128)
+    quantized = unpacked(tmp_path, dtype="float32", scheme=SCHEMES["fp8"])
+    exact = meant_by(quantized)
+    for model in (quantized, exact):
+        model.pack()
+    for lens, least, most in (((30, 34), 0, 1e-5), ((40, 40), 0.01, LOST["fp8"])):
+        texts = at_random(*lens, vocab=VOCAB)
+        found, wanted = (torch.cat(logits_of(model, on_cpu, texts, at_once(lens))) for model in (quantized, exact))
+        assert least <= lost(found, wanted) < most
+
+
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
 def test_all_products_of_layers_are_quantized(tmp_path, kind):
     if kind == "decoder":

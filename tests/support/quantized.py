@@ -52,7 +52,7 @@ def rounded(module: Any, name: str) -> Any:
     for place, part in module.named_modules():
         if re.search(r"\.\d+\.", place) and (isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D"):
             rows = part.weight.data if isinstance(part, torch.nn.Linear) else part.weight.data.T
-            values, scale = torch.empty_like(rows, dtype=scheme.dtype), rows.new_empty(len(rows))
+            values, scale = torch.empty_like(rows, dtype=scheme.dtype), rows.new_empty(len(rows), dtype=scheme.factors)
             store(rows, values, scale)
             rows.copy_(values.to(rows.dtype) * scale[:, None])
     return module

@@ -62,7 +62,7 @@ def test_8_bits_and_their_factors_are_zero_before_they_are_there(folder, held, n
     with loading(Checkpoint(folder), read_ahead=True, **options) as under_way:
         under_way.begin()
         weights = [*under_way.model.parameters(), *under_way.model.scales().values()]
-        assert {weight.dtype for weight in weights} == {torch.bfloat16, SCHEMES[name].dtype}
+        assert SCHEMES[name].dtype in {weight.dtype for weight in weights}
         assert not any(weight.float().any() for weight in weights)
         held.set()
         found = under_way.finished().model

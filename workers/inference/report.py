@@ -185,6 +185,9 @@ def _linear(part: nn.Module | None) -> str:
     weight = part.weight
     if part.scale is not None:
         stored = next(scheme.name for scheme in SCHEMES.values() if scheme.dtype is weight.dtype)
+        if weight.dtype is torch.float8_e4m3fn:
+            where = "Triton" if weight.is_cuda else "dequantized for each product"
+            return f"linear ({stored}, {where}; many rows are rounded to fp8, too{', for cuBLAS' * weight.is_cuda})"
         if weight.is_cuda:
             return f"linear ({stored}, Triton up to {MOST_ROWS} rows, above dequantized for cuBLAS)"
         if weight.dtype is torch.int8 and part.scale.dtype is torch.bfloat16:
