@@ -92,7 +92,7 @@ def test_bfloat16_and_int8_are_multiplied_as_they_are(tmp_path):
 
 @torch.inference_mode()
 def test_many_rows_of_fp8_are_rounded_too(tmp_path):
-    """Tensor cores multiply their like; so a long prompt loses what its rows lose, beside what the weights have lost."""
+    """Tensor cores multiply their like; so a long prompt loses what its rows lose, beside what its weights do."""
     save_model(tmp_path, "llama", hidden_size=96, intermediate_size=128)
     quantized = unpacked(tmp_path, dtype="float32", scheme=SCHEMES["fp8"])
     exact = meant_by(quantized)
