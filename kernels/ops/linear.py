@@ -20,6 +20,7 @@ _FOLDED_ROWS = 4096  # of a weight that are held in float32 at a time
 _EXACT_ROWS = 64
 _FP8_TILE = 16  # values in which products of fp8 are counted, in both directions
 _FEW_ROWS = 32  # of which each costs as much as the first
+_WHOLE = 32  # values; a product of bytes has vectors of 16 on some CPUs, and of 8 on others
 
 
 @pair
@@ -125,7 +126,8 @@ def _multiplies_bytes(x: Tensor, weight: Tensor) -> bool:
 
     On two cores, with a weight of 8192 x 2048, one row took 0.7 ms and 16 took 3.8; to dequantize it first took 11 ms.
     """
-    fits = x.dtype is torch.bfloat16 and weight.dtype is torch.int8
+    # PyTorch's product reads whole vectors: past the end of what they do not divide, whatever is there.
+    fits = x.dtype is torch.bfloat16 and weight.dtype is torch.int8 and weight.shape[1] % _WHOLE == 0
     return fits and x.device.type == "cpu" and len(x) <= _FEW_ROWS and x.is_contiguous()
 
 
