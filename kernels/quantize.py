@@ -50,7 +50,7 @@ class Scheme:
         for some, those, theirs in zip(*(torch.split(each, _ROWS) for each in (rows, values, scale)), strict=True):
             wide = some.to(scale.device, torch.float32, copy=True)  # which is changed
             widest = wide.abs().amax(dim=1)
-            theirs.copy_(widest / self.largest)
+            theirs.copy_(widest / widest.new_tensor(self.largest))  # by a number, a GPU multiplies with its inverse
             rounded_down = theirs.float() * self.largest < widest
             theirs.view(_BITS[scale.element_size()]).add_(rounded_down)  # the next number
             wide /= theirs.float().clamp_(min=torch.finfo(torch.float32).tiny)[:, None]  # of zeros come zeros

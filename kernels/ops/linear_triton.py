@@ -12,13 +12,14 @@ from torch import Tensor
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.chain_triton import chained
 from headrace.kernels.ops.dequantize import dequantize
+from headrace.kernels.ops.fp8_launch import linear_of_fp8
 from headrace.kernels.ops.gemv_triton import gemv
 from headrace.kernels.ops.keep_launch import launch_keep
 from headrace.kernels.ops.linear import product, rounds
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.norm import NormWeights, norm
-from headrace.kernels.ops.rows import LOWER_FP8, halve_rows, round_rows
+from headrace.kernels.ops.rows import LOWER_FP8, halve_rows
 from headrace.kernels.ops.skinny_triton import skinny
 from headrace.kernels.quantize import NARROW
 from headrace.kernels.spec import Activation
@@ -88,7 +89,7 @@ def run(
     """`linear` with tiles that are given; for measurements."""
     assert activation is not None or not gated, "a gate has an activation"
     if scale is not None and rounds(x, weight):
-        return _rounded(x, weight, bias, scale, before, activation, gated, residual)
+        return linear_of_fp8(x, Projection(weight, bias, scale, before, None, activation, gated), residual=residual)
     if before is not None and not norms(tiles, before, folded, narrow=scale is not None):
         x, before = norm(x, *before), None
     if tiles.kernel == "torch":
@@ -146,36 +147,6 @@ def _torch(
     if activation is not None:
         out = activate(out, activation, gated=gated)
     return out if residual is None else out.add_(residual)
-
-
-def _rounded(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    before: NormWeights | None,
-    activation: Activation | None,
-    gated: bool,
-    residual: Tensor | None,
-) -> Tensor:
-    out = multiply_rounded(*round_rows(x, before), weight, bias, scale).to(x.dtype)
-    if activation is not None:
-        out = activate(out, activation, gated=gated)
-    return out if residual is None else out.add_(residual)
-
-
-def multiply_rounded(rows: Tensor, factors: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
-    """The product [T, out] of rows that `round_rows` made with a weight of fp8, by a library, in bfloat16."""
-    narrow = torch.bfloat16
-    return torch._scaled_mm(
-        rows,
-        weight.T,
-        scale_a=factors,
-        scale_b=scale[None, :],
-        bias=None if bias is None else bias.to(narrow),
-        out_dtype=narrow,
-        use_fast_accum=True,
-    )
 
 
 def _gemv(

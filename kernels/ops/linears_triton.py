@@ -10,10 +10,11 @@ import triton
 from torch import Tensor
 
 from headrace.kernels.ops.chain_triton import chained
+from headrace.kernels.ops.fp8_launch import linear_of_fp8_rows, rounded_between
 from headrace.kernels.ops.gemv_two_triton import gemv_both, gemv_sum
 from headrace.kernels.ops.keep_launch import launch_keep
 from headrace.kernels.ops.linear import rounds
-from headrace.kernels.ops.linear_triton import linear, multiply_rounded, norms, tiles_of
+from headrace.kernels.ops.linear_triton import linear, norms, tiles_of
 from headrace.kernels.ops.linears import Projection
 from headrace.kernels.ops.math_triton import OPTIONS
 from headrace.kernels.ops.rows import round_rows
@@ -96,14 +97,12 @@ def linear_sum(x: Tensor, first: Projection, other: Tensor, second: Projection, 
 
 def linear_chain(x: Tensor, first: Projection, second: Projection, *, residual: Tensor | None = None) -> Tensor:
     """As `headrace.kernels.ops.linears.linear_chain`."""
-    scale, other_scale = first.scale, second.scale
-    if scale is None or other_scale is None or not (rounds(x, first.weight) and rounds(x, second.weight)):
+    rounded = rounds(x, first.weight) and rounds(x, second.weight)
+    if first.scale is None or second.scale is None or not rounded:
         return linear(linear(x, **first._asdict()), **second._asdict(), residual=residual)
     # What comes of the first is rounded as it is activated, in one pass.
-    inner = multiply_rounded(*round_rows(x, first.before), first.weight, first.bias, scale)
-    rows, factors = round_rows(inner, activation=first.activation, gated=first.gated)
-    out = multiply_rounded(rows, factors, second.weight, second.bias, other_scale).to(x.dtype)
-    return out if residual is None else out.add_(residual)
+    between = rounded_between(*round_rows(x, first.before), first)
+    return linear_of_fp8_rows(*between, second, residual=residual, dtype=x.dtype)
 
 
 def _common_tiles(*products: tuple[Tensor, Tensor, bool]) -> Tiles | None:

@@ -1,4 +1,5 @@
-"""The kernel of `halve_rows` and `round_rows`: one program per row, which it holds whole; one read and one write."""
+"""The kernel of `halve_rows` and `round_rows`: one program per row, which it holds whole; one read and one write. And
+what is done to products before their factors are in them."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = ["halve_rows", "round_rows"]
 # Eight values a thread are one 16-byte load of a 16-bit type; past 16 warps a row would wait for its own sums.
 _VALUES_PER_WARP = 32 * 8
 _MOST_WARPS = 16
+_BLOCK = 1024  # of values that are finished by a program
 
 
 def halve_rows(x: Tensor, dtype: torch.dtype, before: NormWeights | None = None) -> tuple[Tensor, Tensor]:
@@ -41,12 +43,50 @@ def round_rows(
     return rows, factors
 
 
+def round_products(
+    products: Tensor,
+    factors: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: Activation | None,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """`round_rows` of products * factors * scale + bias, activated; factors [T, 1], scale and bias as for products."""
+    width = products.shape[1] // (2 if gated else 1)
+    rows = torch.empty((len(products), width), dtype=torch.float8_e4m3fn, device=products.device)
+    found = torch.empty((len(products), 1), dtype=torch.float32, device=products.device)
+    _launch(products, None, rows, found, of=(factors, scale, bias), activation=activation, gated=gated)
+    return rows, found
+
+
+def finish_rows(products: Tensor, factors: Tensor, scale: Tensor, bias: Tensor | None, *, residual: Tensor) -> Tensor:
+    """products [T, out] * factors [T, 1] * scale [out] + bias + residual, in the residual's place."""
+    residual = residual if residual.is_contiguous() else residual.contiguous()
+    num_rows, width = products.shape
+    grid = (num_rows, triton.cdiv(width, _BLOCK))
+    _finish[grid](
+        products,
+        factors,
+        scale,
+        bias,
+        residual,
+        WIDTH=width,
+        BLOCK=_BLOCK,
+        num_warps=_BLOCK // _VALUES_PER_WARP,
+        **chained(products.device),
+        **OPTIONS,
+    )
+    return residual
+
+
 def _launch(
     x: Tensor,
     before: NormWeights | None,
     out: Tensor,
     factors: Tensor,
     *,
+    of: tuple[Tensor | None, ...] = (None, None, None),
     activation: Activation | None = None,
     gated: bool = False,
 ) -> None:
@@ -60,6 +100,7 @@ def _launch(
         x,
         None if before is None else before.weight,
         None if before is None else before.bias,
+        *of,
         out,
         factors,
         x.stride(0),
@@ -85,6 +126,9 @@ def _narrow(
     x,
     norm_weight,
     norm_bias,
+    product_factors,
+    product_scale,
+    product_bias,
     out,
     factors,
     x_stride,
@@ -112,11 +156,15 @@ def _narrow(
     if norm_bias is not None:
         shift = tl.load(norm_bias + columns, mask=held, other=0.0).to(tl.float32)
     wait_for_earlier(CHAINED)
-    values = tl.load(x + row * x_stride + columns, mask=held, other=0.0).to(tl.float32)
+    x += row * x_stride
+    factor = 1.0
+    if product_factors is not None:
+        factor = tl.load(product_factors + row)
+    values = _values(x, product_scale, product_bias, factor, columns, held)
     if ACTIVATION is not None:
         values = activated(values, ACTIVATION)
     if GATED:
-        values *= tl.load(x + row * x_stride + WIDTH + columns, mask=held, other=0.0).to(tl.float32)
+        values *= _values(x, product_scale, product_bias, factor, WIDTH + columns, held)
     if NORM == "layer":
         mean = tl.sum(values, axis=0) / WIDTH
         values = tl.where(held, values - mean, 0.0)
@@ -146,3 +194,36 @@ def _narrow(
         tl.store(out, upper.to(out.dtype.element_ty), mask=held)
         if HALVES:
             tl.store(lower, round_to_fp8((values - upper) * LOWER).to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _values(x, scale, bias, factor, columns, held):
+    """Of a row, or of a row of products without their factors."""
+    values = tl.load(x + columns, mask=held, other=0.0).to(tl.float32)
+    if scale is not None:
+        values *= factor * tl.load(scale + columns, mask=held, other=0.0)
+    if bias is not None:
+        values += tl.load(bias + columns, mask=held, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _finish(
+    products,
+    factors,
+    scale,
+    bias,
+    residual,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    let_next_begin(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    held = columns < WIDTH
+    wait_for_earlier(CHAINED)
+    values = _values(products + row * WIDTH, scale, bias, tl.load(factors + row), columns, held)
+    place = residual + row * WIDTH + columns
+    values += tl.load(place, mask=held, other=0.0).to(tl.float32)
+    tl.store(place, values.to(residual.dtype.element_ty), mask=held)

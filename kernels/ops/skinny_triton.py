@@ -20,9 +20,6 @@ from headrace.kernels.ops.chain_triton import let_next_begin, wait_for_earlier
 
 __all__ = ["skinny"]
 
-# Tensor cores add up products of fp8 with fewer digits than float32 has; after so many, sums go where all digits are.
-_IMPRECISE = tl.constexpr(64)
-
 
 @triton.jit(do_not_specialize=["num_rows"])
 def skinny(
@@ -177,10 +174,12 @@ def _some(rows, k, inside, K: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _added(sums, tile, rows, ON_THE_RIGHT: tl.constexpr):
     """Sums with the products of a tile of the weight and rows of x, both along their depth."""
+    # Tensor cores add up products of fp8 with fewer digits than float32 has: after a tile, sums go where all are.
+    DEPTH: tl.constexpr = tile.shape[1]
     if ON_THE_RIGHT:
-        sums = tl.dot(rows, tl.trans(tile), sums, max_num_imprecise_acc=_IMPRECISE, out_dtype=sums.dtype)
+        sums = tl.dot(rows, tl.trans(tile), sums, max_num_imprecise_acc=DEPTH, out_dtype=sums.dtype)
     else:
-        sums = tl.dot(tile, tl.trans(rows), sums, max_num_imprecise_acc=_IMPRECISE, out_dtype=sums.dtype)
+        sums = tl.dot(tile, tl.trans(rows), sums, max_num_imprecise_acc=DEPTH, out_dtype=sums.dtype)
     return sums
 
 

@@ -88,14 +88,14 @@ def compute(kernels: Kernels, given: dict) -> torch.Tensor:
     return kernels(linear, copy.pop("x"), copy.pop("weight"), copy.pop("bias"), **copy)
 
 
-def check(found: torch.Tensor, given: dict, dtype: torch.dtype | None = None) -> None:
-    """The dtype is that of x, if none is given."""
+def check(found: torch.Tensor, given: dict, dtype: torch.dtype | None = None, *, terms: float = 1.0) -> None:
+    """The dtype is that of x, if none is given; each term of a sum may err by so many roundings to it."""
     expected = exactly(given)
     assert found.dtype is (dtype or given["x"].dtype)
     assert found.shape == expected.shape
     # What is rounded before the product (a norm on its own, more than four rows) errs in each of the terms.
     tolerance = TOLERANCE[found.dtype]
-    slack = tolerance * (4 if given.get("before") is not None else 1) + 4 * 2**-24 * given["x"].shape[1] ** 0.5
+    slack = tolerance * (4 if given.get("before") is not None else terms) + 4 * 2**-24 * given["x"].shape[1] ** 0.5
     error = (found.double() - expected).abs()
     allowed = 2 * tolerance * size_of(given, expected) + slack * reach_of(given)
     torch.testing.assert_close(error / allowed, torch.zeros_like(error), rtol=0, atol=1)
