@@ -17,7 +17,7 @@ __all__ = ["fold_norm", "linear", "pack_weight", "product", "rounds", "share_nor
 
 _TYPICAL_ROWS = 8  # the layout that serves it is best from 1 to 512 rows (`headrace bench latency`)
 _FOLDED_ROWS = 4096  # of a weight that are held in float32 at a time
-_EXACT_ROWS = 64
+_EXACT_ROWS = 64  # of which a product with their digits takes no longer than one without (H200)
 _FP8_TILE = 16  # values in which products of fp8 are counted, in both directions
 _FEW_ROWS = 32  # of which each costs as much as the first
 _WHOLE = 32  # values; a product of bytes has vectors of 16 on some CPUs, and of 8 on others
@@ -77,8 +77,9 @@ def rounds(x: Tensor, weight: Tensor) -> bool:
     If they are so many that tensor cores, which multiply their like, are what they need. Fewer wait for the weight, and
     keep their digits.
     """
-    whole = not (weight.shape[0] % _FP8_TILE or weight.shape[1] % _FP8_TILE)
-    return weight.dtype is torch.float8_e4m3fn and len(x) > _EXACT_ROWS and whole
+    if weight.dtype is not torch.float8_e4m3fn or len(x) <= _EXACT_ROWS:
+        return False
+    return not (weight.shape[0] % _FP8_TILE or weight.shape[1] % _FP8_TILE)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
