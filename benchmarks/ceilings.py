@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    if dtype is torch.float8_e4m3fn:
+        one = torch.ones((), device=device)
+        product = partial(torch._scaled_mm, left, right.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        return 2 * float(size) ** 3 / _best(partial(product, use_fast_accum=True), device)
     out = torch.empty(size, size, device=device, dtype=dtype)
     return 2 * float(size) ** 3 / _best(lambda: torch.mm(left, right, out=out), device)
 

@@ -278,7 +278,7 @@ class Comparison:
     def _add(self, case: Case, model: dict[str, Any], figures: dict[str, dict[str, Any]]) -> None:
         measure, dtype = MEASURES[case.measure], model["dtype"]
         ceilings = self._report.facts["ceilings"]
-        least = self._surveyor.ask("least", case=asdict(case), read=ceilings["read"], matmul=ceilings["matmul"][dtype])
+        least = self._surveyor.ask("least", case=asdict(case), read=ceilings["read"], matmul=ceilings["matmul"])
         load = {"batch": case.batch, "prompt_tokens": case.prompt_tokens}
         load |= {} if measure.task == "encode" else {"output_tokens": case.output_tokens}
         row = Row(

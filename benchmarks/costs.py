@@ -19,28 +19,44 @@ __all__ = ["Ceilings", "Cost", "Costs", "num_parameters"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
-    """What a device can do, measured: bytes per second read from memory, operations per second of matrix products."""
+    """What a device can do, measured.
+
+    Attributes:
+        read: bytes per second from memory.
+        matmul: operations per second of matrix products.
+        fp8: likewise of products of fp8; None where nothing is computed in it.
+    """
 
     read: float
     matmul: float
+    fp8: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Bytes read and operations done."""
+    """Bytes read and operations done.
+
+    Attributes:
+        bytes: read.
+        flops: operations.
+        projected: those of them that projections of layers do, which may be of fp8.
+    """
 
     bytes: float = 0.0
     flops: float = 0.0
+    projected: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+        return Cost(self.bytes + other.bytes, self.flops + other.flops, self.projected + other.projected)
 
     def __mul__(self, factor: float) -> Cost:
-        return Cost(self.bytes * factor, self.flops * factor)
+        return Cost(self.bytes * factor, self.flops * factor, self.projected * factor)
 
     def seconds(self, ceilings: Ceilings) -> float:
         """The least time: reading and computing overlap, so it is the longer of the two."""
-        return max(self.bytes / ceilings.read, self.flops / ceilings.matmul)
+        computing = (self.flops - self.projected) / ceilings.matmul
+        computing += self.projected / (ceilings.matmul if ceilings.fp8 is None else ceilings.fp8)
+        return max(self.bytes / ceilings.read, computing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +95,11 @@ class Costs:
         """One step in which `batch` sequences decode a token each, every one seeing `context` tokens, itself included,
         and, in an encoder-decoder, `source` tokens of its text."""
         weights = sum((_read_by(layer, self.spec.hidden_size, batch) for layer in self.spec.layers), _Weights())
-        used = sum(_used_by(layer, self.spec.hidden_size) for layer in self.spec.layers) + self._head()
+        projected = 2 * batch * sum(_used_by(layer, self.spec.hidden_size) for layer in self.spec.layers)
         seen = self.context(context, source)
         read = self._bytes(weights) + self._head() * self.itemsize
-        return Cost(read + batch * seen.bytes, batch * (2 * used + seen.flops))
+        flops = projected + batch * (2 * self._head() + seen.flops)
+        return Cost(read + batch * seen.bytes, flops, projected)
 
     def context(self, context: float, source: float = 0.0) -> Cost:
         """Keys and values that one token sees, in all layers."""
@@ -113,16 +130,17 @@ class Costs:
             attention = layer.attention
             seen = length if attention.window is None else min(length, attention.window)
             pairs = length * seen - (seen * seen / 2 if attention.causal else 0)
-            flops = 2 * tokens * _used_by(layer, hidden)
-            flops += 4 * batch * attention.num_heads * attention.head_dim * pairs
-            cost += Cost(self._bytes(_read_by(layer, hidden, tokens)), flops)
+            projected = 2 * tokens * _used_by(layer, hidden)
+            flops = projected + 4 * batch * attention.num_heads * attention.head_dim * pairs
+            cost += Cost(self._bytes(_read_by(layer, hidden, tokens)), flops, projected)
         return cost
 
     def _sources(self, batch: int, length: int) -> Cost:
         """What is made of an encoder's states for the layers that look across, and the first token's step."""
         crossed = (layer.cross for layer in self.spec.layers if layer.cross)
         made = sum((_cross_states(cross, self.spec.hidden_size) for cross in crossed), _Weights())
-        return Cost(self._bytes(made), 2 * made.count * batch * length) + self.step(batch, 1, length)
+        projected = 2 * made.count * batch * length
+        return Cost(self._bytes(made), projected, projected) + self.step(batch, 1, length)
 
     def _bytes(self, weights: _Weights) -> float:
         """Of some weights, as they are kept."""

@@ -23,6 +23,8 @@ from headrace.benchmarks.worker import answer
 
 __all__ = ["survey"]
 
+_FP8, _FP8_CAPABILITY = "float8_e4m3fn", (8, 9)  # GPUs that multiply it
+
 
 def survey(*, device: str, threads: int) -> None:
     """Be the surveyor.
@@ -63,6 +65,9 @@ class _Surveyor:
         from headrace.benchmarks.ceilings import matmul_rate, read_rate
 
         rates = {name: matmul or matmul_rate(self._device, getattr(torch, name)) for name in dtypes}
+        if self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= _FP8_CAPABILITY:
+            # Of numbers half as wide, tensor cores multiply twice as many.
+            rates[_FP8] = 2 * matmul if matmul else matmul_rate(self._device, torch.float8_e4m3fn)
         read = read or read_rate(self._device)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # it belongs to those who are measured
@@ -77,14 +82,15 @@ class _Surveyor:
             "dtype": str(dtype).removeprefix("torch."),
         }
 
-    def least(self, case: dict[str, Any], read: float, matmul: float) -> float:
+    def least(self, case: dict[str, Any], read: float, matmul: dict[str, float]) -> float:
         from headrace.benchmarks.measures import MEASURES
 
         asked = Case(**case | {"source": Source(**case["source"])})
         spec, dtype = self._spec(asked.source)
         costs = Costs(spec, dtype.itemsize, quantized=asked.source.quantize is not None)
         parts = MEASURES[asked.measure].cost(costs, asked)
-        ceilings = Ceilings(read=read, matmul=matmul)
+        fp8 = matmul.get(_FP8) if asked.source.quantize == "fp8" else None
+        ceilings = Ceilings(read=read, matmul=matmul[str(dtype).removeprefix("torch.")], fp8=fp8)
         return sum(part.seconds(ceilings) for part in parts)
 
     def read_by(self, case: dict[str, Any]) -> dict[str, float]:

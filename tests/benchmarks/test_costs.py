@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from headrace.benchmarks.costs import Ceilings, Cost, Costs, num_parameters
 from headrace.benchmarks.decode import DECODE
 from headrace.benchmarks.measure import Case
 from headrace.benchmarks.models import config_of, spec_of
+from headrace.benchmarks.prefill import PREFILL
 from headrace.benchmarks.shapes import SHAPES, Source
 from headrace.kernels.model import Model
 from headrace.kernels.policies import find_policy
@@ -205,5 +208,17 @@ def test_experts_are_not_quantized():
     assert Costs(spec, 2).step(5, 0).bytes - Costs(spec, 2, quantized=True).step(5, 0).bytes == attention
 
 
+def test_projections_may_be_of_fp8():
+    """Half the time of all operations but those of attention, and of the head for one token."""
+    case = Case(measure="prefill", source=source("llama-8b"), batch=1, prompt_tokens=8192, output_tokens=1)
+    [cost] = PREFILL.cost(costs("llama-8b", quantized=True), case)
+    attention, head = 32 * 4 * 32 * 128 * 8192**2 / 2, 2 * 128256 * 4096
+    faster = dataclasses.replace(H200, fp8=2 * H200.matmul)
+
+    assert cost.flops - cost.projected == pytest.approx(attention + head, rel=1e-3)
+    saved = cost.seconds(H200) - cost.seconds(faster)
+    assert saved == pytest.approx(cost.projected / H200.matmul / 2)
+
+
 def test_costs_add_up():
-    assert Cost(1, 2) + Cost(3, 4) * 2 == Cost(7, 10)
+    assert Cost(1, 2, 1) + Cost(3, 4, 2) * 2 == Cost(7, 10, 5)

@@ -141,3 +141,4 @@ def test_ceilings_are_measured():
 
     assert 1e8 < read_rate(cpu) < 1e13
     assert 1e8 < matmul_rate(cpu, torch.float32) < 1e15
+    assert 1e7 < matmul_rate(cpu, torch.float8_e4m3fn) < 1e15
