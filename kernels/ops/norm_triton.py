@@ -75,16 +75,34 @@ def _norm(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     held = columns < WIDTH
+    scale, shift = norm_weights(weight, bias, columns, held, UNIT_OFFSET)
+    wait_for_earlier(CHAINED)
+    values = tl.load(x + row * x_stride + columns, mask=held, other=0.0).to(tl.float32)
+    if residual is not None:
+        addend = tl.load(residual + row * residual_stride + columns, mask=held, other=0.0).to(tl.float32)
+    values = normed(values, weight, bias, scale, shift, held, eps, WIDTH, CENTERED)
+    if residual is not None:
+        values += addend
+    tl.store(out + row * WIDTH + columns, values.to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def norm_weights(weight, bias, columns, held, UNIT_OFFSET: tl.constexpr):
+    """Scale and shift of a norm, numbers that nobody uses where there are none; they may be read before x is there."""
+    scale = 1.0
+    shift = 0.0
     if weight is not None:
         scale = tl.load(weight + columns, mask=held, other=0.0).to(tl.float32)
         if UNIT_OFFSET:
             scale += 1.0
     if bias is not None:
         shift = tl.load(bias + columns, mask=held, other=0.0).to(tl.float32)
-    wait_for_earlier(CHAINED)
-    values = tl.load(x + row * x_stride + columns, mask=held, other=0.0).to(tl.float32)
-    if residual is not None:
-        addend = tl.load(residual + row * residual_stride + columns, mask=held, other=0.0).to(tl.float32)
+    return scale, shift
+
+
+@triton.jit
+def normed(values, weight, bias, scale, shift, held, eps, WIDTH: tl.constexpr, CENTERED: tl.constexpr):
+    """A row, zero where it is not held, after its norm."""
     if CENTERED:
         mean = tl.sum(values, axis=0) / WIDTH
         values = tl.where(held, values - mean, 0.0)
@@ -94,6 +112,4 @@ def _norm(
         values *= scale
     if bias is not None:
         values += shift
-    if residual is not None:
-        values += addend
-    tl.store(out + row * WIDTH + columns, values.to(out.dtype.element_ty), mask=held)
+    return values

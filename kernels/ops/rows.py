@@ -11,10 +11,11 @@ from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.ops.pair import pair
 from headrace.kernels.spec import Activation
 
-__all__ = ["LOWER_FP8", "halve_rows", "round_rows"]
+__all__ = ["LARGEST_FP8", "LARGEST_WHOLE", "LEAST", "LOWER_FP8", "halve_rows", "round_rows"]
 
-_LARGEST_WHOLE = 127.0 * 256.0  # of which the upper half is an int8
-_LARGEST_FP8 = 448.0
+LARGEST_WHOLE = 127.0 * 256.0  # of which the upper half is an int8
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+LEAST = 1e-30  # what counts as the largest value of rows that have none as large, so that factors can be divided by
 LOWER_FP8 = 16.0  # times as large is the lower half of fp8: by so much a rounding of the upper one is smaller than it
 
 
@@ -32,10 +33,10 @@ def halve_rows(x: Tensor, dtype: torch.dtype, before: NormWeights | None = None)
         before: the norm.
     """
     if dtype is torch.float8_e4m3fn:
-        values, factors = _scaled(x, before, _LARGEST_FP8)
+        values, factors = _scaled(x, before, LARGEST_FP8)
         upper = _fp8(values)
         return torch.stack((upper, _fp8((values - upper.float()) * LOWER_FP8))), factors
-    values, factors = _scaled(x, before, _LARGEST_WHOLE)
+    values, factors = _scaled(x, before, LARGEST_WHOLE)
     whole = values.round().nan_to_num_().int()
     upper = (whole + 128) >> 8
     return torch.stack((upper, whole - 256 * upper)).to(torch.int8), factors
@@ -55,16 +56,16 @@ def round_rows(
     """
     if activation is not None:
         x = activate(x, activation, gated=gated)
-    values, factors = _scaled(x, before, _LARGEST_FP8)
+    values, factors = _scaled(x, before, LARGEST_FP8)
     return _fp8(values), factors[:, None]
 
 
 def _fp8(values: Tensor) -> Tensor:
-    return values.nan_to_num().clamp_(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn)
+    return values.nan_to_num().clamp_(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
 
 
 def _scaled(x: Tensor, before: NormWeights | None, largest: float) -> tuple[Tensor, Tensor]:
     """Rows in float32 whose largest values are `largest`, and the factors [T] by which they are what they were."""
     values = (x if before is None else norm(x, *before)).float()
-    factors = values.abs().amax(dim=1) / largest
-    return values / factors.clamp(min=torch.finfo(torch.float32).tiny)[:, None], factors
+    factors = values.abs().amax(dim=1).clamp_(min=LEAST) / largest
+    return values / factors[:, None], factors

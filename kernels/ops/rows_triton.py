@@ -13,7 +13,8 @@ from headrace.kernels.ops.activation_triton import activated
 from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
 from headrace.kernels.ops.math_triton import OPTIONS, round_to_fp8
 from headrace.kernels.ops.norm import NormWeights
-from headrace.kernels.ops.rows import LOWER_FP8
+from headrace.kernels.ops.norm_triton import norm_weights, normed
+from headrace.kernels.ops.rows import LARGEST_FP8, LARGEST_WHOLE, LEAST, LOWER_FP8
 from headrace.kernels.spec import Activation
 
 __all__ = ["halve_rows", "round_rows"]
@@ -114,6 +115,8 @@ def _launch(
         GATED=gated,
         HALVES=out.dim() > x.dim(),
         WHOLE=out.dtype is torch.int8,
+        LARGEST=LARGEST_WHOLE if out.dtype is torch.int8 else LARGEST_FP8,
+        LEAST=LEAST,
         LOWER=LOWER_FP8,
         num_warps=min(max(block // _VALUES_PER_WARP, 1), _MOST_WARPS),
         **chained(x.device),
@@ -142,6 +145,8 @@ def _narrow(
     GATED: tl.constexpr,
     HALVES: tl.constexpr,
     WHOLE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LEAST: tl.constexpr,
     LOWER: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -149,12 +154,7 @@ def _narrow(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     held = columns < WIDTH
-    if norm_weight is not None:
-        scale = tl.load(norm_weight + columns, mask=held, other=0.0).to(tl.float32)
-        if UNIT_OFFSET:
-            scale += 1.0
-    if norm_bias is not None:
-        shift = tl.load(norm_bias + columns, mask=held, other=0.0).to(tl.float32)
+    scale, shift = norm_weights(norm_weight, norm_bias, columns, held, UNIT_OFFSET)
     wait_for_earlier(CHAINED)
     x += row * x_stride
     factor = 1.0
@@ -165,23 +165,15 @@ def _narrow(
         values = activated(values, ACTIVATION)
     if GATED:
         values *= _values(x, product_scale, product_bias, factor, WIDTH + columns, held)
-    if NORM == "layer":
-        mean = tl.sum(values, axis=0) / WIDTH
-        values = tl.where(held, values - mean, 0.0)
     if NORM is not None:
-        values *= 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / WIDTH + eps)
-    if norm_weight is not None:
-        values *= scale
-    if norm_bias is not None:
-        values += shift
+        values = normed(values, norm_weight, norm_bias, scale, shift, held, eps, WIDTH, NORM == "layer")
 
-    LARGEST: tl.constexpr = 127.0 * 256.0 if WHOLE else 448.0
     finite = tl.abs(values) < float("inf")
     values = tl.where(finite, values, 0.0)
-    largest = tl.max(tl.abs(values), axis=0)
+    largest = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST)
     lost = tl.sum(tl.where(finite, 0, 1), axis=0)
     tl.store(factors + row, tl.where(lost > 0, float("nan"), largest / LARGEST))
-    values *= LARGEST / tl.where(largest > 0.0, largest, 1.0)
+    values *= LARGEST / largest
     out += row * WIDTH + columns
     lower = out + num_rows.to(tl.int64) * WIDTH
     if WHOLE:
