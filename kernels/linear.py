@@ -98,14 +98,19 @@ class Linear(nn.Module):
             with torch.inference_mode():
                 self._folded.copy_(folded)  # there it stays: CUDA graphs read it
 
+    def keeps(self, tensor: Tensor) -> bool:
+        """Whether a weight or its factors are of their own dtype, whatever that of the model is."""
+        return tensor.dtype in NARROW or (self._own_factors and tensor is self.scale)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         """Move or convert the weights; what is in 8 bits stays so, whatever the rest becomes (`module.half()`), and so
         do factors of a dtype of their own."""
 
         def converted(tensor: Tensor) -> Tensor:
             changed = fn(tensor)
-            keeps = tensor.dtype in NARROW or (tensor is self.scale and self._own_factors)
-            return tensor.to(changed.device) if keeps and changed.dtype is not tensor.dtype else changed
+            if changed.dtype is tensor.dtype or not self.keeps(tensor):
+                return changed
+            return tensor.to(changed.device)
 
         return super()._apply(converted, recurse)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -13,7 +13,7 @@ from headrace.kernels.mlp import Experts
 from headrace.kernels.norm import Norm
 from headrace.kernels.ops.embedding import embed
 from headrace.kernels.ops.rotary import rotary_table
-from headrace.kernels.quantize import NARROW, Scheme
+from headrace.kernels.quantize import Scheme
 from headrace.kernels.spec import EncoderSpec, LayerSpec, ModelSpec, RotarySpec
 
 __all__ = ["Encoder", "Model"]
@@ -73,11 +73,11 @@ class Model(nn.Module):
                 for projection in self.projections().values():
                     projection.quantize(scheme)
         # Not `to_empty`: on its way from the meta device torch imports its symbolic shapes: a quarter of a second here.
-        own = {id(scale) for scale in self.scales().values() if scheme is not None and scheme.factors is not None}
+        parts = [(part, tensor) for part in self.projections().values() for tensor in (part.weight, part.scale)]
+        kept = {id(tensor) for part, tensor in parts if tensor is not None and part.keeps(tensor)}
 
         def allocated(blank: Tensor) -> Tensor:
-            keeps = blank.dtype in NARROW or id(blank) in own
-            return torch.empty(blank.shape, dtype=blank.dtype if keeps else dtype, device=device)
+            return torch.empty(blank.shape, dtype=blank.dtype if id(blank) in kept else dtype, device=device)
 
         self._apply(allocated)  # type: ignore[no-untyped-call]
         self.requires_grad_(False)

@@ -32,18 +32,20 @@ class Scheme:
     Attributes:
         name: int8 or fp8.
         dtype: of the narrow numbers.
-        largest: of them.
-        whole: whether they are whole numbers, to which is rounded.
         factors: dtype of the factors, None for that of the model.
         capability: the least CUDA compute capability that computes with them.
     """
 
     name: str
     dtype: torch.dtype
-    largest: float
-    whole: bool
     factors: torch.dtype | None = None
     capability: tuple[int, int] = (0, 0)
+
+    @property
+    def largest(self) -> float:
+        """Of the narrow numbers, and the least one without its sign: int8's -128 is not used."""
+        info = torch.finfo(self.dtype) if self.dtype.is_floating_point else torch.iinfo(self.dtype)
+        return float(info.max)
 
     def quantize(self, rows: Tensor, values: Tensor, scale: Tensor) -> None:
         """Write rows [n, in] as narrow numbers [n, in] and factors [n]; what is no number stays none in its factor."""
@@ -55,7 +57,7 @@ class Scheme:
             theirs.view(_BITS[scale.element_size()]).add_(rounded_down)  # the next number
             wide /= theirs.float().clamp_(min=torch.finfo(torch.float32).tiny)[:, None]  # of zeros come zeros
             wide.clamp_(-self.largest, self.largest)
-            those.copy_(wide.round_() if self.whole else wide)
+            those.copy_(wide if self.dtype.is_floating_point else wide.round_())
 
     def check(self, spec: ModelSpec, device: torch.device) -> None:
         """Refuse what cannot be done.
@@ -64,7 +66,7 @@ class Scheme:
             ConfigError: the device is too old a GPU.
             UnsupportedModelError: the model has experts, in which nearly all of its weights are.
         """
-        if any(layer.mlp.experts is not None for layer in spec.layers):
+        if spec.has_experts:
             raise UnsupportedModelError(
                 f"quantize is {self.name!r}, but experts are not quantized in this release, and nearly all weights of "
                 "this model are in its experts. Leave it out.",
@@ -84,12 +86,10 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         scheme.name: scheme
         for scheme in (
-            Scheme(name="int8", dtype=torch.int8, largest=127.0, whole=True),
+            Scheme(name="int8", dtype=torch.int8),
             Scheme(
                 name="fp8",
                 dtype=torch.float8_e4m3fn,
-                largest=448.0,
-                whole=False,
                 factors=torch.float32,
                 capability=(8, 9),
             ),

@@ -40,7 +40,7 @@ def at_random(seed: int, shape: tuple[int, int], magnitude: int, dtype: torch.dt
 def half_steps(values: torch.Tensor, scale: torch.Tensor, name: str) -> torch.Tensor:
     """Of each narrow number, half the distance to the next one, in float64."""
     wide, scale = values.double(), scale.double()[:, None]
-    if SCHEMES[name].whole:
+    if not SCHEMES[name].dtype.is_floating_point:
         return scale.expand_as(wide) / 2
     # A number of e4m3 has four digits; below 2**-6 they are multiples of 2**-9.
     digit = torch.floor(torch.log2(wide.abs().clamp(min=2.0**-6))) - 3
