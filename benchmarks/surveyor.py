@@ -23,7 +23,7 @@ from headrace.benchmarks.worker import answer
 
 __all__ = ["survey"]
 
-_FP8, _FP8_CAPABILITY = "float8_e4m3fn", (8, 9)  # GPUs that multiply it
+_FP8 = "float8_e4m3fn"
 
 
 def survey(*, device: str, threads: int) -> None:
@@ -63,9 +63,10 @@ class _Surveyor:
         import torch
 
         from headrace.benchmarks.ceilings import matmul_rate, read_rate
+        from headrace.kernels.quantize import SCHEMES
 
         rates = {name: matmul or matmul_rate(self._device, getattr(torch, name)) for name in dtypes}
-        if self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= _FP8_CAPABILITY:
+        if self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= SCHEMES["fp8"].capability:
             # Of numbers half as wide, tensor cores multiply twice as many.
             rates[_FP8] = 2 * matmul if matmul else matmul_rate(self._device, torch.float8_e4m3fn)
         read = read or read_rate(self._device)

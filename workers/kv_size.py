@@ -155,7 +155,7 @@ def estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: tor
 
 def _saved_by_int8(model: Model) -> int:
     """Bytes by which a model would be smaller if its layers were quantized; 0 if they are, or cannot be."""
-    if model.scheme is not None or any(layer.mlp.experts is not None for layer in model.spec.layers):
+    if model.scheme is not None or model.spec.has_experts:
         return 0
     weights = [part.weight for part in model.projections().values()]
     return sum(weight.nbytes - weight.numel() - len(weight) * weight.element_size() for weight in weights)
