@@ -1,7 +1,7 @@
 """Every family with its layers in 8 bits, against plain models of the numbers for which those stand.
 
 That says whether they are computed right. How far they are from the model before it was quantized is stated here, too,
-for random weights, of which no model is; docs/library.md has the numbers of a real one.
+for random weights, of which no model is; docs/operations.md has the numbers of a real one.
 """
 
 from __future__ import annotations
