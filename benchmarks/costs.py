@@ -3,7 +3,8 @@
 Read are weights, once per step, and keys and values of what a token sees; of an embedding that is no head, single rows
 are read, which count for nothing. What is written, and read again while the caches of the chip hold it, is not counted:
 the floor is what no implementation can do without. Operations are those of matrix products, an addition and a
-multiplication counted as two; of causal attention the half above the diagonal is not counted.
+multiplication counted as two; of causal attention the half above the diagonal is not counted. Of the last layer a
+prompt needs its keys and values, and the rest for its last token alone.
 
 Of quantized weights (`headrace.kernels.quantize`) a projection's are a byte each, and a factor for each row is read.
 """
@@ -116,29 +117,34 @@ class Costs:
         """`batch` prompts of `length` tokens each, up to their first tokens; of an encoder-decoder, its texts."""
         if self.spec.encoder is not None:
             return self._texts(self.spec.encoder.layers, batch, length) + self._sources(batch, length)
-        cost = self._texts(self.spec.layers, batch, length)
+        cost = self._texts(self.spec.layers, batch, length, wanted=batch)
         return cost + Cost(self._head() * self.itemsize, 2 * self._head() * batch)
 
     def texts(self, batch: int, length: int) -> Cost:
         """`batch` whole texts of `length` tokens each, through an encoder."""
         return self._texts(self.spec.layers, batch, length)
 
-    def _texts(self, layers: tuple[LayerSpec, ...], batch: int, length: int) -> Cost:
+    def _texts(self, layers: tuple[LayerSpec, ...], batch: int, length: int, *, wanted: int | None = None) -> Cost:
+        """Of the tokens, only so many, the last ones of texts, are wanted behind the last layer; None for all."""
         tokens, hidden = batch * length, self.spec.hidden_size
         cost = Cost()
-        for layer in layers:
+        for index, layer in enumerate(layers):
             attention = layer.attention
+            left = tokens if wanted is None or index < len(layers) - 1 else wanted
             seen = length if attention.window is None else min(length, attention.window)
-            pairs = length * seen - (seen * seen / 2 if attention.causal else 0)
+            pairs = batch * (length * seen - (seen * seen / 2 if attention.causal else 0))
             projected = 2 * tokens * _used_by(layer, hidden)
-            flops = projected + 4 * batch * attention.num_heads * attention.head_dim * pairs
-            cost += Cost(self._bytes(_read_by(layer, hidden, tokens)), flops, projected)
+            if left < tokens:
+                pairs = left * seen
+                projected -= 2 * (tokens - left) * (_used_by(layer, hidden) - _key_value(attention, hidden).count)
+            flops = projected + 4 * attention.num_heads * attention.head_dim * pairs
+            cost += Cost(self._bytes(_read_by(layer, hidden, left)), flops, projected)
         return cost
 
     def _sources(self, batch: int, length: int) -> Cost:
         """What is made of an encoder's states for the layers that look across, and the first token's step."""
         crossed = (layer.cross for layer in self.spec.layers if layer.cross)
-        made = sum((_cross_states(cross, self.spec.hidden_size) for cross in crossed), _Weights())
+        made = sum((_key_value(cross, self.spec.hidden_size) for cross in crossed), _Weights())
         projected = 2 * made.count * batch * length
         return Cost(self._bytes(made), projected, projected) + self.step(batch, 1, length)
 
@@ -182,7 +188,7 @@ def _last(spec: ModelSpec) -> int:
 
 def _layer(layer: LayerSpec, hidden: int) -> int:
     """All parameters of one layer."""
-    weights = _attention(layer, hidden) + (_cross_states(layer.cross, hidden) if layer.cross else _Weights())
+    weights = _attention(layer, hidden) + (_key_value(layer.cross, hidden) if layer.cross else _Weights())
     experts = layer.mlp.experts
     return round((weights + _mlp(layer.mlp, hidden, 1 if experts is None else experts.count)).count)
 
@@ -215,8 +221,9 @@ def _attention(layer: LayerSpec, hidden: int) -> _Weights:
     return weights
 
 
-def _cross_states(cross: AttentionSpec, hidden: int) -> _Weights:
-    return _projection(hidden, 2 * cross.num_kv_heads * cross.head_dim, cross.qkv_bias)
+def _key_value(attention: AttentionSpec, hidden: int) -> _Weights:
+    """What makes the keys and values."""
+    return _projection(hidden, 2 * attention.num_kv_heads * attention.head_dim, attention.qkv_bias)
 
 
 def _mlp(mlp: MLPSpec, hidden: int, asked: float) -> _Weights:

@@ -77,8 +77,9 @@ class Block(nn.Module):
         cache: tuple[Tensor, Tensor] | None,
         cos_sin: Tensor | None = None,
         table: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """What the next block takes, [T, hidden]; x itself is lost.
+        """What the next block takes, [T, hidden], or of it what is wanted, [N, hidden]; x itself is lost.
 
         Args:
             x: what the last block left, [T, hidden].
@@ -86,13 +87,19 @@ class Block(nn.Module):
             cache: keys and values of this layer; None for texts that are whole (encoders).
             cos_sin: [T, 2, pairs], if the positions are rotary.
             table: [buckets, heads], if a relative bias is added.
+            rows: [N] int64, tokens whose states are wanted, None for all: behind the last block nobody reads others, so
+                what follows attention, by which tokens see each other, is left out for these.
         """
         around = (batch, cache, cos_sin, table)
         if self.spec.placement == "parallel":
-            return self._parallel(x, *around)
+            return self._parallel(x, *around, rows)
         assert self.mlp_norm is not None
         x, before = self._entered(x, self.attention_norm)
         attended = self._attended(self.qkv(x, before=before), *around)
+        if self.cross is None:
+            x, attended = _chosen(rows, x, attended)
+            if not len(x):
+                return x
         if self.after_attention is not None:
             x = self.after_attention(self.out(attended), residual=x)
         else:
@@ -100,7 +107,9 @@ class Block(nn.Module):
         x = self._left(x, self.attention_norm)
         if self.cross is not None:
             assert cache is not None
-            x = self.cross(x, batch, cache)
+            (x,) = _chosen(rows, self.cross(x, batch, cache))
+            if not len(x):
+                return x
         x, before = self._entered(x, self.mlp_norm)
         if self.after_mlp is not None:
             x = self.after_mlp(self.mlp(x, before), residual=x)
@@ -141,17 +150,22 @@ class Block(nn.Module):
         cache: tuple[Tensor, Tensor] | None,
         cos_sin: Tensor | None,
         table: Tensor | None,
+        rows: Tensor | None,
     ) -> Tensor:
         first, second = self.attention_norm.weights, None if self.mlp_norm is None else self.mlp_norm.weights
         read, before = (x, first) if second is not None else share_norm(x, first)
         around, mlp = (batch, cache, cos_sin, table), self.mlp
-        if len(x) <= GEMV_ROWS and isinstance(mlp, MLP) and are_plain(mlp, self.qkv, mlp.up, mlp.down, self.out):
+        few = rows is None and len(x) <= GEMV_ROWS
+        if few and isinstance(mlp, MLP) and are_plain(mlp, self.qkv, mlp.up, mlp.down, self.out):
             # What does not wait for attention is computed with what does, so that each needs one launch.
             up = mlp.up.projection(second or before, mlp.spec.activation, gated=mlp.spec.gated)
             qkv, inner = linear_both(read, self.qkv.projection(before), up)
             attended, down, last = self._attended(qkv, *around), mlp.down, self.out
             return linear_sum(inner, down.projection(), attended, last.projection(), residual=x)
         attended = self._attended(self.qkv(read, before=before), *around)
+        x, read, attended = _chosen(rows, x, read, attended)
+        if not len(x):
+            return x
         # Attention has read x by now, so the sum may take its place.
         x = mlp(read, second or before, residual=x)
         out: Tensor = self.out(attended, residual=x)
@@ -183,3 +197,8 @@ class Block(nn.Module):
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
         )
+
+
+def _chosen(rows: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
+    """Of states [T, any] of tokens, those of the wanted ones, [N, any]."""
+    return states if rows is None else tuple(each[rows] for each in states)

@@ -115,6 +115,7 @@ class Model(nn.Module):
     def hidden(self, batch: Batch, cache: KVCache | None, rows: Tensor | None = None) -> Tensor:
         """The last hidden states [N, hidden] of the tokens `rows`, by default of all."""
         x = self._embed(batch)
+        last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             x = block(
                 x,
@@ -122,9 +123,8 @@ class Model(nn.Module):
                 cache=None if cache is None else cache.layer(index),
                 cos_sin=self._cos_sin(self.spec.layers[index].rotary, batch),
                 table=None if self.relative is None else self.relative.weight,
+                rows=rows if index == last else None,
             )
-        if rows is not None:
-            x = x[rows]
         return x if self.final_norm is None else self.final_norm(x)
 
     def encode(self, batch: Batch, cache: KVCache) -> None:

@@ -55,8 +55,9 @@ def few_layers(model: Model) -> Iterator[None]:
 
 def _enough(layers: Sequence[LayerSpec]) -> int:
     """How many of the first layers launch all that there is: each kind, and one more, whose input and cache are not
-    where those of the first are."""
-    return max(layers.index(kind) for kind in set(layers)) + 2
+    where those of the first are; the last as the model's last, which goes on with the tokens that are wanted."""
+    enough = max(layers.index(kind) for kind in set(layers)) + 2
+    return next((count for count in range(enough, len(layers)) if layers[count - 1] == layers[-1]), len(layers))
 
 
 class _Zeros(TorchFunctionMode):

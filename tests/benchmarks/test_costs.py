@@ -97,11 +97,20 @@ def test_a_large_batch_is_bound_by_its_operations():
 
 
 def test_prompts_count_half_of_the_square():
-    """By hand: twice the weights per token, and of attention 4 * width per pair of tokens, half of the square."""
-    weights = 32 * (4096 * (6144 + 4096) + 3 * 4096 * 14336 + 2 * 4096)
-    flops = 2 * weights * 8192 + 32 * 4 * 4096 * 8192 * 8192 / 2 + 2 * (4096 * 128_256 + 4096)
+    """By hand: twice the weights per token, and of attention 4 * width per pair of tokens, half of the square; in the
+    last layer only keys and values of all, and one token that sees them."""
+    layer = 4096 * (6144 + 4096) + 3 * 4096 * 14336 + 2 * 4096
+    flops = 31 * (2 * layer * 8192 + 4 * 4096 * 8192 * 8192 / 2)
+    flops += 2 * (layer + 8191 * 4096 * 2048) + 4 * 4096 * 8192 + 2 * (4096 * 128_256 + 4096)
 
     assert costs("llama-8b").prompts(1, 8192).flops == pytest.approx(flops, rel=1e-9)
+
+
+def test_of_texts_all_tokens_are_wanted():
+    layer = 4 * 1024 * 1024 + 2 * 1024 * 4096 + 9 * 1024 + 4096 + 4 * 1024
+    flops = 24 * (2 * layer * 256 + 4 * 1024 * 2 * 128 * 128)
+
+    assert costs("bert-large").texts(2, 128).flops == pytest.approx(flops, rel=1e-3)
 
 
 def test_a_window_bounds_what_is_seen():
@@ -212,7 +221,7 @@ def test_projections_may_be_of_fp8():
     """Half the time of all operations but those of attention, and of the head for one token."""
     case = Case(measure="prefill", source=source("llama-8b"), batch=1, prompt_tokens=8192, output_tokens=1)
     [cost] = PREFILL.cost(costs("llama-8b", quantized=True), case)
-    attention, head = 32 * 4 * 32 * 128 * 8192**2 / 2, 2 * 128256 * 4096
+    attention, head = 31 * 4 * 32 * 128 * 8192**2 / 2, 2 * 128256 * 4096  # and one token's in the last layer
     faster = dataclasses.replace(H200, fp8=2 * H200.matmul)
 
     assert cost.flops - cost.projected == pytest.approx(attention + head, rel=1e-3)

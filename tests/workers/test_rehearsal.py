@@ -206,7 +206,8 @@ def test_memory_is_zero_and_otherwise_as_it_was_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "enough"), [("a", 2), ("aaaa", 2), ("abab", 3), ("aaaab", 6), ("abca", 4), ("aab", 4)]
+    ("layers", "enough"),
+    [("a", 1), ("aaaa", 2), ("abab", 4), ("ababab", 4), ("aaaab", 5), ("abca", 4), ("aab", 3), ("abbbba", 6)],
 )
-def test_each_kind_of_layer_and_one_more(layers, enough):
+def test_each_kind_of_layer_and_one_more_and_the_last_one_last(layers, enough):
     assert _enough(tuple(layers)) == enough

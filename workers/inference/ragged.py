@@ -86,7 +86,7 @@ def pack(input_ids: Tensor, real: np.ndarray, columns: np.ndarray, cache: PagedC
         num_decodes=int((lens == 1).sum()),
         query_lens=tuple(lens.tolist()),
         context_lens_host=tuple(ends.tolist()),
-        logits_rows=tensor(logits_rows),
+        logits_rows=None if np.array_equal(logits_rows, np.arange(len(token_rows))) else tensor(logits_rows),
         block_size=BLOCK_SIZE,
     )
     if cache.source_lens:
