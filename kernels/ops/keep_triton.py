@@ -96,8 +96,6 @@ def _columns(
     # Weights are there before what comes before is done; what they are multiplied with is not.
     w = _weights(weight, program, k, N, K, BLOCK_N, BLOCK_K)
     v = _weights(weight + N * K, program, k, N, K, BLOCK_N, BLOCK_K) if GATED else w
-    factor = _factors(weight_scale, program, N, BLOCK_N)
-    other_factor = _factors(weight_scale + N, program, N, BLOCK_N) if GATED and weight_scale is not None else factor
     scale = 1.0
     shift = 0.0
     if norm_weight is not None:
@@ -119,39 +117,23 @@ def _columns(
     for tile in range(program, (N + BLOCK_N - 1) // BLOCK_N, programs):
         next_w = _weights(weight, tile + programs, k, N, K, BLOCK_N, BLOCK_K)
         next_v = _weights(weight + N * K, tile + programs, k, N, K, BLOCK_N, BLOCK_K) if GATED else next_w
-        next_factor = _factors(weight_scale, tile + programs, N, BLOCK_N)
-        next_other_factor = next_factor
-        if GATED and weight_scale is not None:
-            next_other_factor = _factors(weight_scale + N, tile + programs, N, BLOCK_N)
         column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         held = column < N
-        value = _product(w, values, LANE) * factor
-        if bias is not None:
-            value += tl.load(bias + column, mask=held, other=0.0).to(tl.float32)
+        # Behind the product they would be waited for. Asked for as early as the rows are, they would take so many
+        # registers that fewer programs fit on a processor.
+        factor, added = _constants(weight_scale, bias, column, held)
+        if GATED:
+            other_factor, other_added = _constants(weight_scale, bias, N + column, held)
+        value = _product(w, values, LANE) * factor + added
         if ACTIVATION is not None:
             value = activated(value, ACTIVATION)
         if GATED:
-            other = _product(v, values, LANE) * other_factor
-            if bias is not None:
-                other += tl.load(bias + N + column, mask=held, other=0.0).to(tl.float32)
-            value *= other
+            value *= _product(v, values, LANE) * other_factor + other_added
         if residual is not None:
             value += tl.load(residual + column, mask=held, other=0.0).to(tl.float32)
         tl.store(out + column, value.to(out.dtype.element_ty), mask=held)
         w = next_w
         v = next_v
-        factor = next_factor
-        other_factor = next_other_factor
-
-
-@triton.jit
-def _factors(weight_scale, tile, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Those of rows of a quantized weight, asked for when the rows are: behind a product they would be waited for."""
-    factor = 1.0
-    if weight_scale is not None:
-        row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        factor = tl.load(weight_scale + row, mask=row < N, other=0.0).to(tl.float32)
-    return factor
 
 
 @triton.jit
@@ -181,3 +163,15 @@ def _product(w, values, LANE: tl.constexpr):
     products = wide(w) * values[None, :]
     by_thread = tl.sum(tl.reshape(products, (products.shape[0], products.shape[1] // LANE, LANE)), axis=2)
     return tl.sum(by_thread, axis=1)
+
+
+@triton.jit
+def _constants(weight_scale, bias, row, held):
+    """Factors of some rows of a weight, and their bias; 1 and 0 if there are none."""
+    factor = 1.0
+    added = 0.0
+    if weight_scale is not None:
+        factor = tl.load(weight_scale + row, mask=held, other=0.0).to(tl.float32)
+    if bias is not None:
+        added = tl.load(bias + row, mask=held, other=0.0).to(tl.float32)
+    return factor, added
