@@ -6,7 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["OPTIONS", "round_to_bfloat16", "round_to_fp8", "sigmoid", "tanh"]
+__all__ = ["OPTIONS", "round_to_bfloat16", "sigmoid", "tanh", "to_fp8"]
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Of every launch. Triton 3.9 warns if nobody says whether a * b + c may be rounded once, and 3.10 changes its mind.
 OPTIONS = {"enable_fp_fusion": True}
@@ -35,8 +37,10 @@ def round_to_bfloat16(x):
 
 
 @triton.jit
-def round_to_fp8(x):
-    """The nearest fp8 (e4m3) of numbers up to 448, ties to even, as float32. The interpreter's cast loses carries."""
-    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
-    step = ((tl.maximum(exponent, 121) - 3) << 23).to(tl.float32, bitcast=True)  # between neighbours of three digits
-    return (x / step + 12582912.0 - 12582912.0) * step  # 1.5 * 2**23, which has no place for fractions
+def to_fp8(x):
+    """The nearest fp8 (e4m3) of numbers up to 448, ties to even. The interpreter's own cast loses carries."""
+    if _INTERPRETED:
+        exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
+        step = ((tl.maximum(exponent, 121) - 3) << 23).to(tl.float32, bitcast=True)  # between those of three digits
+        x = (x / step + 12582912.0 - 12582912.0) * step  # 1.5 * 2**23, which has no place for fractions
+    return x.to(tl.float8e4nv)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headrace.kernels.ops.activation_triton import activated
 from headrace.kernels.ops.chain_triton import chained, let_next_begin, wait_for_earlier
-from headrace.kernels.ops.math_triton import OPTIONS, round_to_fp8
+from headrace.kernels.ops.math_triton import OPTIONS, to_fp8
 from headrace.kernels.ops.norm import NormWeights
 from headrace.kernels.ops.norm_triton import norm_weights, normed
 from headrace.kernels.ops.rows import LARGEST_FP8, LARGEST_WHOLE, LEAST, LOWER_FP8
@@ -22,6 +22,8 @@ __all__ = ["halve_rows", "round_rows"]
 # Eight values a thread are one 16-byte load of a 16-bit type; past 16 warps a row would wait for its own sums.
 _VALUES_PER_WARP = 32 * 8
 _MOST_WARPS = 16
+# Of threads with a long row's share of values, so that a processor has two such rows: one comes while one is computed.
+_LONG_SHARE, _MOST_REGISTERS = 32, 64
 _BLOCK = 1024  # of values that are finished by a program
 
 
@@ -96,6 +98,8 @@ def _launch(
     x = x if x.stride(1) == 1 else x.contiguous()
     width = out.shape[-1]
     block = triton.next_power_of_2(width)
+    warps = min(max(block // _VALUES_PER_WARP, 1), _MOST_WARPS)
+    bounded = {"maxnreg": _MOST_REGISTERS} if block == 32 * warps * _LONG_SHARE else {}
     spec = None if before is None else before.spec
     _narrow[(len(x),)](
         x,
@@ -118,7 +122,8 @@ def _launch(
         LARGEST=LARGEST_WHOLE if out.dtype is torch.int8 else LARGEST_FP8,
         LEAST=LEAST,
         LOWER=LOWER_FP8,
-        num_warps=min(max(block // _VALUES_PER_WARP, 1), _MOST_WARPS),
+        num_warps=warps,
+        **bounded,
         **chained(x.device),
         **OPTIONS,
     )
@@ -168,12 +173,12 @@ def _narrow(
     if NORM is not None:
         values = normed(values, norm_weight, norm_bias, scale, shift, held, eps, WIDTH, NORM == "layer")
 
-    finite = tl.abs(values) < float("inf")
-    values = tl.where(finite, values, 0.0)
-    largest = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST)
-    lost = tl.sum(tl.where(finite, 0, 1), axis=0)
-    tl.store(factors + row, tl.where(lost > 0, float("nan"), largest / LARGEST))
-    values *= LARGEST / largest
+    # Without their signs, bits of floats are in the order of these, behind them infinity, and what is no number.
+    largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
+    finite = largest < float("inf")
+    largest = tl.maximum(largest, LEAST)
+    tl.store(factors + row, tl.where(finite, largest / LARGEST, float("nan")))
+    values = tl.where(finite, values, 0.0) * (LARGEST / largest)
     out += row * WIDTH + columns
     lower = out + num_rows.to(tl.int64) * WIDTH
     if WHOLE:
@@ -182,10 +187,10 @@ def _narrow(
         tl.store(out, upper.to(tl.int8), mask=held)
         tl.store(lower, (whole - 256 * upper).to(tl.int8), mask=held)
     else:
-        upper = round_to_fp8(values)
-        tl.store(out, upper.to(out.dtype.element_ty), mask=held)
+        upper = to_fp8(values)
+        tl.store(out, upper, mask=held)
         if HALVES:
-            tl.store(lower, round_to_fp8((values - upper) * LOWER).to(out.dtype.element_ty), mask=held)
+            tl.store(lower, to_fp8((values - upper.to(tl.float32)) * LOWER), mask=held)
 
 
 @triton.jit
