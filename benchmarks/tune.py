@@ -2,7 +2,7 @@
 
     python -m headrace.benchmarks.tune                             all; writes kernels/tuned/<name of the GPU>.json
     python -m headrace.benchmarks.tune --model llama-8b --rows 1   some of it; what else the table holds stays
-    python -m headrace.benchmarks.tune --weights 8                 of weights in 8 bits, with factors
+    python -m headrace.benchmarks.tune --quantize int8             of weights in 8 bits, with factors
 
 Each candidate is timed as decode steps run it: launch after launch in a CUDA graph, with what comes before and after
 the product, and with another weight every time, so that it comes from memory and not from the L2 cache. GB/s are those
@@ -30,6 +30,7 @@ from headrace.benchmarks.shapes import SHAPES
 from headrace.benchmarks.tune_layers import has_layers, settled
 from headrace.benchmarks.tune_replay import Replay
 from headrace.benchmarks.tune_ways import Candidate, Product, candidates_of, products_of
+from headrace.workers.config import QUANTIZATIONS
 
 __all__ = ["MODELS", "Bench", "compile_all", "main", "write_table"]
 
@@ -45,10 +46,12 @@ _ROUNDS = 5
 @click.command(context_settings={"show_default": True})
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Repeatable; default all.")
 @click.option("--rows", "rows", multiple=True, type=int, default=(1, 2, 4, 16, 32, 64, 128, 256), help="Repeatable.")
-@click.option("--weights", type=click.Choice(["16", "8"]), default="16", help="Bits of one; 8 are int8, fp8 is alike.")
+@click.option(
+    "--quantize", "scheme", type=click.Choice(QUANTIZATIONS), help="Weights that are; fp8 may do with int8's."
+)
 @click.option("--workers", default=os.cpu_count() or 1, help="Processes that compile.")
 @click.option("--table", "path", type=click.Path(path_type=Path), help="File.  [default: that of this GPU]")
-def main(models: tuple[str, ...], rows: tuple[int, ...], weights: str, workers: int, path: Path | None) -> None:
+def main(models: tuple[str, ...], rows: tuple[int, ...], scheme: str | None, workers: int, path: Path | None) -> None:
     """Measure tiles and store the best."""
     import torch
 
@@ -58,13 +61,12 @@ def main(models: tuple[str, ...], rows: tuple[int, ...], weights: str, workers: 
         raise click.UsageError("Tiles are measured on a CUDA GPU, and there is none here.")
     gpu = torch.cuda.get_device_name()
     path = path or Path(__file__).parents[1] / "kernels/tuned" / table_name(gpu)
-    bits = int(weights)
-    products = list(dict.fromkeys(found for name in models or MODELS for found in products_of(name, bits)))
+    products = list(dict.fromkeys(found for name in models or MODELS for found in products_of(name, scheme)))
     candidates = [way for found in products for count in rows for way in candidates_of(found, count)]
     started = time.perf_counter()
     compile_all(candidates, workers)
     click.echo(f"{gpu}: {len(candidates)} candidates compiled in {time.perf_counter() - started:.0f} s")
-    bench = Bench(bits // 8)
+    bench = Bench(scheme)
     undecided = {}
     for ways in _grouped(candidates):
         finalists = bench.finalists(ways)
@@ -75,7 +77,7 @@ def main(models: tuple[str, ...], rows: tuple[int, ...], weights: str, workers: 
     del bench
     for name, count in product(filter(has_layers, models or MODELS), rows):
         of_count = {shape: finalists for shape, finalists in undecided.items() if shape.rows == count}
-        for shape, row, saved in settled(name, count, of_count, bits):
+        for shape, row, saved in settled(name, count, of_count, scheme):
             click.echo(f"{_line(row)}: saves {saved:.1%} of layers of {name}")
             write_table(path, gpu, [row])
             del undecided[shape]  # what several models have is as the first of them wants it
@@ -93,17 +95,21 @@ class Bench:
     """Times products over weights that no cache holds; what the values mean makes no difference.
 
     Args:
-        itemsize: bytes of a weight: 2, or 1 of int8.
+        scheme: of the weights, if they are quantized.
     """
 
-    def __init__(self, itemsize: int) -> None:
+    def __init__(self, scheme: str | None) -> None:
         import torch
 
-        self._itemsize, count = itemsize, int(_WEIGHT_BYTES / itemsize)
-        if itemsize == 1:
-            self._values = torch.randint(-127, 128, (count,), device="cuda", dtype=torch.int8)
-        else:
+        from headrace.kernels.quantize import find_scheme
+
+        self._narrow, self._itemsize = find_scheme(scheme), 2 if scheme is None else 1
+        count = int(_WEIGHT_BYTES / self._itemsize)
+        if self._narrow is None:
             self._values = torch.randn(count, device="cuda", dtype=torch.bfloat16).mul_(0.02)
+        else:
+            numbers = torch.randint(-127, 128, (count,), device="cuda", dtype=torch.int8)
+            self._values = numbers.to(self._narrow.dtype)
 
     def weights(self, found: Product) -> list[Any]:
         """Some weights of that product."""
@@ -112,7 +118,7 @@ class Bench:
         height = found.n * (2 if found.gated else 1)
         size = height * found.k
         copies = min(max(_FEWEST_COPIES, int(_COPIED_BYTES / self._itemsize) // size), len(self._values) // size)
-        values = self._values if self._itemsize == 1 else self._values.view(getattr(torch, found.dtype))
+        values = self._values if self._narrow else self._values.view(getattr(torch, found.dtype))
         return [values[index * size :][:size].view(height, found.k) for index in range(copies)]
 
     def call(self, way: Candidate, weights: list[Any]) -> Any:
@@ -137,7 +143,8 @@ class Bench:
         residual = random_(way.rows, found.n) if found.residual else None
         around = {"activation": found.activation, "gated": found.gated, "residual": residual}
         around |= {"before": before, "folded": folded}
-        around |= {"scale": None if found.itemsize == 2 else random_(height).mul_(1e-4)}
+        if self._narrow:
+            around["scale"] = random_(height, dtype=self._narrow.factors or own).mul_(1e-4)
         return lambda: [linear_triton.run(way.tiles, x, weight, bias, **around) for weight in weights]
 
     def finalists(self, ways: list[Candidate]) -> list[dict[str, Any]]:
@@ -179,7 +186,7 @@ def _launched(way: Candidate) -> None:
     from triton.runtime.errors import OutOfResources
 
     global _bench
-    _bench = _bench or Bench(way.product.itemsize)
+    _bench = _bench or Bench(way.product.scheme)
     with suppress(OutOfResources):  # as will be seen when it is timed
         _bench.call(way, _bench.weights(way.product)[:1])()
 
@@ -192,7 +199,7 @@ def write_table(path: Path, gpu: str, rows: list[dict[str, Any]]) -> None:
     from headrace.kernels.tuning import LinearShape
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in LinearShape.__slots__)
+        return tuple(row.get(name, False) for name in LinearShape.__slots__)  # older rows lack fp8
 
     known = json.loads(path.read_text())["linear"] if path.exists() else []
     merged = {place(row): row for row in [*known, *rows]}

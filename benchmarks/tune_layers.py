@@ -37,7 +37,7 @@ def has_layers(name: str) -> bool:
 
 
 def settled(
-    name: str, count: int, finalists: Finalists, weights: int = 16
+    name: str, count: int, finalists: Finalists, scheme: str | None = None
 ) -> Iterator[tuple[Any, dict[str, Any], float]]:
     """Each product of a model's layers, its row of the table, and what share of the layers' time it saves to have that
     instead of the fastest alone.
@@ -46,9 +46,9 @@ def settled(
         name: of the shape.
         count: sequences that decode, of an encoder the tokens of a text.
         finalists: of these products.
-        weights: bits of one.
+        scheme: of the weights, if they are quantized.
     """
-    step = _step(name, count, weights)
+    step = _step(name, count, scheme)
     chosen = {product: rows[0] for product, rows in finalists.items()}
     for product in _products_of(step, finalists):
         replays = []
@@ -62,16 +62,16 @@ def settled(
         yield product, chosen[product], 1 - times[best] / times[0]
 
 
-def _step(name: str, count: int, weights: int) -> Callable[[], Any]:
+def _step(name: str, count: int, scheme: str | None) -> Callable[[], Any]:
     """Some layers of a model, with random weights, for so many tokens."""
     import torch
 
     from headrace.kernels.model import Model
-    from headrace.kernels.quantize import NARROW, SCHEMES
+    from headrace.kernels.quantize import NARROW, find_scheme
 
     source = find_source(name, layers=_LAYERS)
     spec, dtype = spec_of(source), getattr(torch, source.dtype)
-    model = Model(spec, dtype=dtype, device="cuda", scheme=SCHEMES["int8"] if weights == 8 else None)
+    model = Model(spec, dtype=dtype, device="cuda", scheme=find_scheme(scheme))
     for weight in model.parameters():
         if weight.dtype in NARROW:
             weight.data.random_(-127, 128)

@@ -62,23 +62,29 @@ _DEEP_TILES_GATED = {
     64: [(64, 128, 4, 4), (64, 128, 8, 3)],
 }
 _NARROW_TILES = [*product((64, 128, 256), (64, 128), (64, 128), (4, 8), (3, 4))]
+_MOST_OF_FP8 = 64  # rows that keep their digits (`headrace.kernels.ops.linear.rounds`)
 _MOST_SUMS = 128  # of a thread, in registers
 _SHARED_MEMORY = 227 * 1024
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product of a model, with what is around it; the weight is of `dtype`, or of one byte and has factors."""
+    """A product of a model, with what is around it; the weight is of `dtype`, or quantized by `scheme`."""
 
     n: int
     k: int
     gated: bool
-    itemsize: int = 2
+    scheme: str | None = None
     norm: Any = field(compare=False, default=None)
     activation: Any = field(compare=False, default=None)
     bias: bool = field(compare=False, default=False)
     residual: bool = field(compare=False, default=False)
     dtype: str = field(compare=False, default="bfloat16")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.scheme is None else 1
 
 
 @dataclass(frozen=True)
@@ -94,15 +100,16 @@ class Candidate:
         """Of the table."""
         from headrace.kernels.tuning import LinearShape
 
-        return LinearShape(self.rows, self.product.n, self.product.k, self.product.gated, self.product.itemsize)
+        found = self.product
+        return LinearShape(self.rows, found.n, found.k, found.gated, found.itemsize, fp8=found.scheme == "fp8")
 
 
-def products_of(name: str, weights: int = 16) -> Iterator[Product]:
+def products_of(name: str, scheme: str | None = None) -> Iterator[Product]:
     """The products of a few rows that a decode step of a model computes.
 
     Args:
         name: of the shape.
-        weights: bits of one. Of 8, heads are left out, which are not quantized.
+        scheme: of the weights, if they are quantized; heads are left out then, which are not.
     """
     from headrace.benchmarks.models import config_of
     from headrace.kernels.policies import find_policy
@@ -113,7 +120,7 @@ def products_of(name: str, weights: int = 16) -> Iterator[Product]:
     layer, hidden = spec.layers[0], spec.hidden_size
     norm = None if layer.placement == "post" or layer.residual_from_norm else layer.norm
     heads = layer.attention
-    make = partial(Product, itemsize=weights // 8, dtype=find_source(name).dtype)
+    make = partial(Product, scheme=scheme, dtype=find_source(name).dtype)
     yield make(heads.qkv_size, hidden, False, norm=norm, bias=heads.qkv_bias)
     yield make(hidden, heads.num_heads * heads.head_dim, False, bias=heads.out_bias, residual=True)
     if layer.cross is not None:
@@ -121,14 +128,16 @@ def products_of(name: str, weights: int = 16) -> Iterator[Product]:
     mlp = layer.mlp
     yield make(mlp.size, hidden, mlp.gated, norm=norm, activation=mlp.activation, bias=mlp.bias)
     yield make(hidden, mlp.size, False, bias=mlp.bias, residual=True)
-    if spec.head is not None and weights == 16:
+    if spec.head is not None and scheme is None:
         yield make(spec.vocab_size, spec.embedding.size, False, bias=spec.head.bias)
 
 
 def candidates_of(found: Product, rows: int) -> Iterator[Candidate]:
-    """All ways worth a try."""
+    """All ways worth a try; none where a library multiplies fp8 by fp8 anyway."""
     from headrace.kernels.tuning import GEMV_ROWS, KEPT
 
+    if found.scheme == "fp8" and rows > _MOST_OF_FP8:
+        return
     if rows > 1:
         yield _way(found, rows, "torch")
     if rows <= GEMV_ROWS:

@@ -63,6 +63,7 @@ class LinearShape:
         k: values that go in.
         gated: whether the weight has two rows for each value that comes out.
         itemsize: bytes of a weight.
+        fp8: whether that one byte is of fp8, which may have tiles of its own; else it has those of int8.
     """
 
     rows: int
@@ -70,6 +71,7 @@ class LinearShape:
     k: int
     gated: bool
     itemsize: int
+    fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ def tiles_for(shape: LinearShape, device: torch.device) -> Tiles:
     if device.type != "cuda":
         return _interpreted(guess(shape, _PROCESSORS, _SHARED_MEMORY))
     gpu = torch.cuda.get_device_properties(device)
-    stored = read_table(table_name(gpu.name)).get(shape)
+    table = read_table(table_name(gpu.name))
+    stored = table.get(shape) or table.get(replace(shape, fp8=False))
     shared_memory = getattr(gpu, "shared_memory_per_block_optin", _SHARED_MEMORY)
     return stored or guess(shape, gpu.multi_processor_count, shared_memory)
 
@@ -195,6 +198,6 @@ def parse_table(table: dict[str, Any]) -> dict[LinearShape, Tiles]:
     """The tiles in a table."""
     found = {}
     for row in table["linear"]:
-        shape = LinearShape(**{field: row[field] for field in LinearShape.__slots__})
+        shape = LinearShape(**{field: row[field] for field in LinearShape.__slots__ if field in row})
         found[shape] = Tiles(**{field: row[field] for field in Tiles.__slots__ if field in row})
     return found

@@ -116,7 +116,8 @@ def tiles_of(x: Tensor, weight: Tensor, gated: bool) -> Tiles:
     if not ours:
         return Tiles("torch")
     n, k = len(weight) // (2 if gated else 1), weight.shape[1]
-    tiles = tiles_for(LinearShape(row_bucket(len(x)), n, k, gated, weight.element_size()), x.device)
+    fp8 = weight.dtype is torch.float8_e4m3fn
+    tiles = tiles_for(LinearShape(row_bucket(len(x)), n, k, gated, weight.element_size(), fp8), x.device)
     rounds_x = x.element_size() == 4  # tensor cores would, of float32
     return Tiles("torch") if tiles.kernel == "skinny" and rounds_x else tiles
 

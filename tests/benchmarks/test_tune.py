@@ -12,6 +12,7 @@ from headrace.benchmarks.tune import MODELS, Bench, _line
 from headrace.benchmarks.tune_layers import _table, has_layers, settled
 from headrace.benchmarks.tune_ways import Product, candidates_of, products_of
 from headrace.kernels import tuning
+from headrace.kernels.ops.linear import rounds
 from headrace.kernels.spec import NormSpec
 from headrace.kernels.tuning import GEMV_ROWS, MOST_ROWS, LinearShape, Tiles, row_bucket
 
@@ -19,7 +20,7 @@ ROWS = [1, 2, 4, 16, 32, 64, 128, 256]
 BERT = [Product(n, k, False) for n, k in ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))]
 LLAMA = [Product(6144, 4096, False), Product(14336, 4096, True)]
 NORM = NormSpec(kind="rms", eps=1e-5)
-NARROW = [dataclasses.replace(found, itemsize=1, norm=NORM) for found in (*BERT, *LLAMA)]
+NARROW = [dataclasses.replace(found, scheme="int8", norm=NORM) for found in (*BERT, *LLAMA)]
 
 
 @pytest.fixture
@@ -85,13 +86,23 @@ def test_many_rows_of_weights_in_8_bits_have_large_tiles(found, rows):
 
 @pytest.mark.usefixtures("h200")
 def test_rows_of_the_table_say_how_wide_weights_are():
-    [wide], [narrow] = ({way.shape for way in candidates_of(found, 1)} for found in (LLAMA[0], NARROW[len(BERT)]))
-    assert (wide, narrow) == (LinearShape(1, 6144, 4096, False, 2), LinearShape(1, 6144, 4096, False, 1))
+    of = (LLAMA[0], NARROW[len(BERT)], dataclasses.replace(NARROW[len(BERT)], scheme="fp8"))
+    [wide], [int8], [fp8] = ({way.shape for way in candidates_of(found, 1)} for found in of)
+    size = (1, 6144, 4096, False)
+    assert (wide, int8, fp8) == (LinearShape(*size, 2), LinearShape(*size, 1), LinearShape(*size, 1, fp8=True))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 128])
+@pytest.mark.usefixtures("h200")
+def test_what_is_multiplied_as_fp8_is_left_to_a_library(rows):
+    tried = list(candidates_of(dataclasses.replace(LLAMA[0], scheme="fp8"), rows))
+    narrow = SimpleNamespace(dtype=torch.float8_e4m3fn, shape=(LLAMA[0].n, LLAMA[0].k))
+    assert bool(tried) is not rounds(torch.empty(rows, LLAMA[0].k), narrow)
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "gpt2-xl", "bert-large"])
 def test_heads_stay_in_16_bits(name):
-    wide, narrow = list(products_of(name)), list(products_of(name, 8))
+    wide, narrow = list(products_of(name)), list(products_of(name, "int8"))
     assert {found.itemsize for found in wide} == {2}
     assert {found.itemsize for found in narrow} == {1}
     assert [(found.n, found.k) for found in narrow] == [(found.n, found.k) for found in wide[:-1]]
@@ -150,19 +161,21 @@ def test_layers_of_an_encoder_choose_for_the_tokens_of_a_text():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 128])
-def test_weights_in_8_bits_are_tuned(rows):
+@pytest.mark.parametrize(("scheme", "rows"), [("int8", 1), ("int8", 128), ("fp8", 1)])
+def test_weights_in_8_bits_are_tuned(scheme, rows):
     """A small model's products: some ways alone, then its layers with two of each."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    bench, finalists = Bench(1), {}
-    for found in products_of("qwen-0.5b", 8):
+    if scheme == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU that knows fp8")
+    bench, finalists = Bench(scheme), {}
+    for found in products_of("qwen-0.5b", scheme):
         ways = list(candidates_of(found, rows))
         rows_of_table = bench.finalists(ways[:: max(1, len(ways) // 5)])
-        assert rows_of_table[0]["itemsize"] == 1
+        assert (rows_of_table[0]["itemsize"], rows_of_table[0]["fp8"]) == (1, scheme == "fp8")
         assert rows_of_table[0]["us"] > 0
         finalists[ways[0].shape] = [row_of(way.shape, way.tiles) for way in ways[:2]]
-    chosen = list(settled("qwen-0.5b", rows, finalists, 8))
+    chosen = list(settled("qwen-0.5b", rows, finalists, scheme))
     assert {shape for shape, _, _ in chosen} == finalists.keys()
     assert all(row in finalists[shape] and saved < 1 for shape, row, saved in chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from importlib import resources
@@ -81,7 +82,10 @@ def test_every_table_has_the_name_of_its_gpu():
 
 def test_what_is_not_stored_is_guessed(monkeypatch):
     stored, other = LinearShape(1, 512, 256, False, 2), LinearShape(1, 512, 264, False, 2)
+    int8, fp8 = (LinearShape(1, 512, 256, False, 1, fp8=fp8) for fp8 in (False, True))
+    only_int8 = LinearShape(1, 264, 256, False, 1)
     best = Tiles("gemv", 16, 256, 1)
+    table = {stored: best, int8: Tiles("gemv", 2, 256, 1), fp8: Tiles("gemv", 4, 256, 1), only_int8: best}
 
     class Gpu:
         name = "NVIDIA X1"
@@ -89,11 +93,14 @@ def test_what_is_not_stored_is_guessed(monkeypatch):
         shared_memory_per_block_optin = H200["shared_memory"]
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: Gpu)
-    monkeypatch.setattr(tuning, "read_table", lambda name: {stored: best} if name == "nvidia-x1.json" else {})
+    monkeypatch.setattr(tuning, "read_table", lambda name: table if name == "nvidia-x1.json" else {})
     tuning.tiles_for.cache_clear()
     try:
         assert tuning.tiles_for(stored, torch.device("cuda:0")) == best
         assert tuning.tiles_for(other, torch.device("cuda:0")) == guess(other, **H200)
+        assert tuning.tiles_for(int8, torch.device("cuda:0")) == table[int8]
+        assert tuning.tiles_for(fp8, torch.device("cuda:0")) == table[fp8]
+        assert tuning.tiles_for(dataclasses.replace(only_int8, fp8=True), torch.device("cuda:0")) == best
     finally:
         tuning.tiles_for.cache_clear()
 
