@@ -6,7 +6,7 @@ pipes fill. Every message passes the codec, every core validates itself, and eve
 
 from collections import deque
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from headrace.broker.events import Face, PeerLost
@@ -33,6 +33,7 @@ from tests.broker.world import PureClient, World, card, emit, request
 from tests.support.fake_engine import FakeEngine, StepResult
 
 EOS = 7
+_PROGRESS = 10.0  # seconds without a step after which a group with work is hung
 
 
 class SimEngine(FakeEngine):
@@ -173,15 +174,17 @@ FAULTS = [
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@example([("submit", 0), ("submit", 0), ("wait", 1), ("wait", 5), ("wait", 5)])  # nobody steps: both groups are hung
 @given(st.lists(st.tuples(st.sampled_from(["submit", *FAULTS]), st.integers(0, 5)), min_size=5, max_size=80))
 def test_every_stream_ends_with_its_whole_text(moves):
-    world = World(seed=1, max_redispatch=10_000, progress_timeout=10.0, unavailable_after=1e6)
+    world = World(seed=1, max_redispatch=10_000, progress_timeout=_PROGRESS, unavailable_after=1e6)
     groups = [SimGroup(world, f"g{n}") for n in range(2)]
     for group in groups:
         group.start()
     clients = [PureClient(world, f"c{n}").hello() for n in range(2)]
     world.settle()
     records, number, harmed = [], 0, False
+    still = 0.0  # seconds in which nobody made a step
 
     for move, n in [("submit", 0), *moves]:
         group, client = groups[n % 2], clients[n % 2]
@@ -193,11 +196,14 @@ def test_every_stream_ends_with_its_whole_text(moves):
                 records.append((client, record))
             case "step":
                 world.step(n)
+                still = 0.0 if n else still
             case "tick":
                 world.tick(0.1)
+                still += 0.1
             case "wait":
                 for _ in range(n * 4):
                     world.tick(0.5)
+                still += 2.0 * n
             case "kill":
                 group.die()
             case "freeze":
@@ -233,6 +239,7 @@ def test_every_stream_ends_with_its_whole_text(moves):
                 client, record = records[n % len(records)]
                 client.cancel(record)
         world.settle()
+        harmed |= still > _PROGRESS - 1.0  # sums of tenths are not exact, and beats are not at once
 
     for group in groups:
         group.frozen = False
