@@ -77,6 +77,9 @@ class _Weights:
     def __add__(self, other: _Weights) -> _Weights:
         return _Weights(self.count + other.count, self.narrow + other.narrow, self.factors + other.factors)
 
+    def __mul__(self, times: float) -> _Weights:
+        return _Weights(self.count * times, self.narrow * times, self.factors * times)
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -231,7 +234,7 @@ def _mlp(mlp: MLPSpec, hidden: int, asked: float) -> _Weights:
     one = _projection(hidden, rows, mlp.bias) + _projection(mlp.size, hidden, mlp.bias)
     if mlp.experts is None:
         return one
-    return _Weights(round(asked * one.count) + hidden * mlp.experts.count)  # experts and routers stay as they are
+    return one * asked + _Weights(hidden * mlp.experts.count)  # and the router, which stays as it is
 
 
 def _relative(layers: tuple[LayerSpec, ...]) -> int:

@@ -133,7 +133,7 @@ class Headrace:
         module = random_module(source, self._device, room.seed)
         architecture, scheme = type(module).__name__, find_scheme(source.quantize)
         if scheme is not None:
-            scheme.check(spec_of(source), self._device)
+            scheme.check(self._device)
         policy = find_policy(architecture)
         model = inject(module, policy, dtype=module.dtype, device=self._device, scheme=scheme).model
         spec = model.spec

@@ -85,6 +85,7 @@ class Filler:
         source = self._source(parameter_name)
         found: dict[str, Tensor] = {}
         stacked = parameter.flatten(0, -2) if parameter.ndim > 2 else parameter  # experts are stacked like rows
+        factors = None if scale is None else scale.flatten()
         start = 0
         for name in self.tensors_of(parameter_name):
             tensor = found[name] = self._read(name)
@@ -92,7 +93,7 @@ class Filler:
             stop = start + (len(rows) if rows.ndim else len(stacked) + 1)
             if rows.shape[1:] != stacked.shape[1:] or stop > len(stacked):
                 raise self._wrong_shape({name: tensor}, parameter, source.layout, list(rows.shape))
-            store(rows, stacked[start:stop], None if scale is None else scale[start:stop])
+            store(rows, stacked[start:stop], None if factors is None else factors[start:stop])
             start = stop
         if start != len(stacked):
             raise self._wrong_shape(found, parameter, source.layout, f"{start} rows")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from headrace.kernels.linear import Linear, are_plain
 from headrace.kernels.norm import Norm
 from headrace.kernels.ops.experts import experts
-from headrace.kernels.ops.linear import pack_weight
 from headrace.kernels.ops.linears import linear_chain
 from headrace.kernels.ops.norm import NormWeights, norm
 from headrace.kernels.spec import MLPSpec
+from headrace.kernels.weight import Stack
 
 __all__ = ["MLP", "Experts", "make_mlp"]
 
@@ -49,9 +48,6 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """Experts behind a router (Jiang et al., 2024, "Mixtral of Experts"), without biases."""
 
-    up: nn.Parameter | nn.ParameterList  # one stack, or a packed weight of each
-    down: nn.Parameter | nn.ParameterList
-
     def __init__(self, spec: MLPSpec, hidden_size: int) -> None:
         super().__init__()
         assert spec.experts is not None
@@ -60,8 +56,8 @@ class Experts(nn.Module):
         self.spec = spec
         self.per_token = spec.experts.per_token
         self.router = Linear(hidden_size, count)
-        self.up = nn.Parameter(torch.empty(count, rows, hidden_size))
-        self.down = nn.Parameter(torch.empty(count, hidden_size, spec.size))
+        self.up = Stack(count, rows, hidden_size)
+        self.down = Stack(count, hidden_size, spec.size)
 
     def forward(self, x: Tensor, before: NormWeights | None = None, residual: Tensor | None = None) -> Tensor:
         """[T, hidden] to [T, hidden]: the chosen experts' answers, weighted by what the router thinks of them.
@@ -73,19 +69,22 @@ class Experts(nn.Module):
         probabilities = self.router(x).float().softmax(-1)
         weights, chosen = probabilities.topk(self.per_token, dim=-1)
         weights /= weights.sum(-1, keepdim=True)
-        return experts(x, chosen, weights, self.up, self.down, self.spec, residual=residual)
+        return experts(
+            x,
+            chosen,
+            weights,
+            self.up.matrices,
+            self.down.matrices,
+            self.spec,
+            up_scale=self.up.scale,
+            down_scale=self.down.scale,
+            residual=residual,
+        )
 
     def fold(self, norm: Norm) -> None:
         """Nothing: router and experts read the same norm, so it is computed once."""
 
-    def pack(self) -> None:
-        """Bring each expert's weights into the layout that their device multiplies fastest."""
-        for name in ("up", "down"):
-            packed = [pack_weight(weight) for weight in getattr(self, name)]
-            if any(weight.is_mkldnn for weight in packed):
-                delattr(self, name)
-                setattr(self, name, nn.ParameterList([nn.Parameter(weight, requires_grad=False) for weight in packed]))
-
     def extra_repr(self) -> str:
         """For `print(model)`."""
-        return f"{len(self.up)} experts of {self.spec.size}, {self.per_token} a token"
+        assert self.spec.experts is not None
+        return f"{self.spec.experts.count} experts of {self.spec.size}, {self.per_token} a token"

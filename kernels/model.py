@@ -9,12 +9,12 @@ from headrace.kernels.batch import Batch
 from headrace.kernels.block import Block
 from headrace.kernels.kv import KVCache
 from headrace.kernels.linear import Linear
-from headrace.kernels.mlp import Experts
 from headrace.kernels.norm import Norm
 from headrace.kernels.ops.embedding import embed
 from headrace.kernels.ops.rotary import rotary_table
 from headrace.kernels.quantize import Scheme
 from headrace.kernels.spec import EncoderSpec, LayerSpec, ModelSpec, RotarySpec
+from headrace.kernels.weight import Weight
 
 __all__ = ["Encoder", "Model"]
 
@@ -167,9 +167,9 @@ class Model(nn.Module):
         assert self.pooler is not None, "the model has no pooler"
         return torch.tanh(self.pooler(x))
 
-    def projections(self) -> dict[str, Linear]:
-        """Those of layers, which may be quantized, by name."""
-        parts = {name: part for name, part in self.named_modules() if isinstance(part, Linear)}
+    def projections(self) -> dict[str, Weight]:
+        """Those of layers, which may be quantized, by name; the stacks of experts are some."""
+        parts = {name: part for name, part in self.named_modules() if isinstance(part, Weight)}
         return {name: part for name, part in parts.items() if "blocks." in name and not name.endswith(".router")}
 
     def scales(self) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ class Model(nn.Module):
         A head that is the embedding may become a copy of it: of a packed matrix no row can be looked up.
         """
         for module in list(self.modules()):
-            if isinstance(module, Linear | Experts):
+            if isinstance(module, Weight):
                 module.pack()
         self.fold()
 

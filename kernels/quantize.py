@@ -4,7 +4,7 @@ A row of a weight [out, in] is divided by what makes its largest value the large
 to its dtype first, so that this costs no accuracy. Activations stay as they are: a product multiplies them with
 the narrow numbers and its sums with the factors (`headrace.kernels.ops.linear`).
 
-Only the projections of layers are kept so. Embeddings, norms, biases, routers, heads and experts are not.
+Only the projections of layers are kept so, those of experts too. Embeddings, norms, biases, routers and heads are not.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from headrace.errors import ConfigError, UnsupportedModelError
-from headrace.kernels.spec import ModelSpec
+from headrace.errors import ConfigError
 
 __all__ = ["NARROW", "SCHEMES", "Scheme", "find_scheme", "store"]
 
@@ -59,19 +58,12 @@ class Scheme:
             wide.clamp_(-self.largest, self.largest)
             those.copy_(wide if self.dtype.is_floating_point else wide.round_())
 
-    def check(self, spec: ModelSpec, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:
         """Refuse what cannot be done.
 
         Raises:
             ConfigError: the device is too old a GPU.
-            UnsupportedModelError: the model has experts, in which nearly all of its weights are.
         """
-        if spec.has_experts:
-            raise UnsupportedModelError(
-                f"quantize is {self.name!r}, but experts are not quantized in this release, and nearly all weights of "
-                "this model are in its experts. Leave it out.",
-                param="quantize",
-            )
         if device.type != "cuda" or (found := torch.cuda.get_device_capability(device)) >= self.capability:
             return
         wanted, has = (".".join(map(str, version)) for version in (self.capability, found))

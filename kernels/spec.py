@@ -266,11 +266,6 @@ class ModelSpec:
     pooler: bool = False
 
     @property
-    def has_experts(self) -> bool:
-        """Whether there are layers of which a token asks a few parts only."""
-        return any(layer.mlp.experts is not None for layer in self.layers)
-
-    @property
     def is_encoder(self) -> bool:
         """Whether every token sees the whole text, so that nothing can be generated."""
         return not self.layers[0].attention.causal

@@ -56,7 +56,7 @@ def load_engine(
     )
     device, scheme = pick_device(config.device), find_scheme(config.quantize)
     if scheme is not None:
-        scheme.check(spec, device)
+        scheme.check(device)
     if device.type == "cuda":
         prepare()
     memory = check_before_loading(spec, card, config, checkpoint.dtype(config.dtype), device)

@@ -154,10 +154,10 @@ def estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: tor
 
 
 def _saved_by_int8(model: Model) -> int:
-    """Bytes by which a model would be smaller if its layers were quantized; 0 if they are, or cannot be."""
-    if model.scheme is not None or model.spec.has_experts:
+    """Bytes by which a model would be smaller if its layers were quantized; 0 if they are."""
+    if model.scheme is not None:
         return 0
-    weights = [part.weight for part in model.projections().values()]
+    weights = [part.weight.flatten(0, -2) for part in model.projections().values()]
     return sum(weight.nbytes - weight.numel() - len(weight) * weight.element_size() for weight in weights)
 
 

@@ -2,7 +2,9 @@
 
 Token and expert make a pair. Pairs are sorted by expert, each expert's share is cut into tiles of rows, and there are
 as many programs as the worst shares could need: each finds its tile from where the shares begin, which only the device
-knows, or has nothing to do. The sums of a token are taken in the order of its pairs, so they do not depend on others.
+knows, or has nothing to do. Weights in 8 bits become numbers of x's type on their way to the tensor cores, which loses
+nothing; their factors are for the sums. The sums of a token are taken in the order of its pairs, so they do not depend
+on others.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -41,6 +43,8 @@ def experts(
     down: Tensor | nn.ParameterList,
     spec: MLPSpec,
     *,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `headrace.kernels.ops.experts.experts`."""
@@ -76,6 +80,7 @@ def experts(
     _up[(most_tiles, triton.cdiv(spec.size, columns))](
         x,
         up,
+        up_scale,
         inner,
         order,
         starts,
@@ -86,7 +91,7 @@ def experts(
         **settings,
     )
     _down[(most_tiles, triton.cdiv(hidden, columns))](
-        inner, down, answers, order, starts, weights.contiguous(), HIDDEN=hidden, SIZE=spec.size, **settings
+        inner, down, down_scale, answers, order, starts, weights.contiguous(), HIDDEN=hidden, SIZE=spec.size, **settings
     )
     block = min(_SUM_BLOCK, triton.next_power_of_2(hidden))
     _sum[(num_tokens, triton.cdiv(hidden, block))](
@@ -105,6 +110,7 @@ def _numbers(count: int, device: torch.device) -> Tensor:
 def _up(
     x,
     matrices,
+    factors,
     inner,
     order,
     starts,
@@ -127,12 +133,13 @@ def _up(
     held = place < stop
     token = tl.load(order + place, mask=held, other=0) // PER_TOKEN
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    matrix = matrices + expert.to(tl.int64) * ((2 if GATED else 1) * SIZE * HIDDEN)
-    value = _product(x + token * HIDDEN, matrix, held, column, SIZE, HIDDEN, WIDE, ROWS, COLUMNS, DEPTH)
+    first_row = expert.to(tl.int64) * ((2 if GATED else 1) * SIZE)
+    rows = x + token * HIDDEN
+    value = _product(rows, matrices, factors, first_row, held, column, SIZE, HIDDEN, WIDE, ROWS, COLUMNS, DEPTH)
     value = activated(value, ACTIVATION)
     if GATED:
-        matrix += SIZE * HIDDEN
-        value *= _product(x + token * HIDDEN, matrix, held, column, SIZE, HIDDEN, WIDE, ROWS, COLUMNS, DEPTH)
+        first_row += SIZE
+        value *= _product(rows, matrices, factors, first_row, held, column, SIZE, HIDDEN, WIDE, ROWS, COLUMNS, DEPTH)
     stored = held[:, None] & (column < SIZE)[None, :]
     tl.store(inner + place[:, None] * SIZE + column[None, :], value.to(inner.dtype.element_ty), mask=stored)
 
@@ -141,6 +148,7 @@ def _up(
 def _down(
     inner,
     matrices,
+    factors,
     answers,
     order,
     starts,
@@ -162,8 +170,9 @@ def _down(
     held = place < stop
     pair = tl.load(order + place, mask=held, other=0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    matrix = matrices + expert.to(tl.int64) * (HIDDEN * SIZE)
-    value = _product(inner + place * SIZE, matrix, held, column, HIDDEN, SIZE, WIDE, ROWS, COLUMNS, DEPTH)
+    first_row = expert.to(tl.int64) * HIDDEN
+    rows = inner + place * SIZE
+    value = _product(rows, matrices, factors, first_row, held, column, HIDDEN, SIZE, WIDE, ROWS, COLUMNS, DEPTH)
     value *= tl.load(weights + pair, mask=held, other=0.0)[:, None]
     stored = held[:, None] & (column < HIDDEN)[None, :]
     tl.store(answers + pair[:, None] * HIDDEN + column[None, :], value, mask=stored)
@@ -190,7 +199,9 @@ def _share(starts, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.co
 @triton.jit
 def _product(
     row_starts,
-    matrix,
+    matrices,
+    factors,
+    first_row,
     held,
     column,
     OUT: tl.constexpr,
@@ -200,7 +211,8 @@ def _product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Rows [ROWS, IN] times the transposed columns of a matrix [OUT, IN], in float32."""
+    """Rows [ROWS, IN] times the transposed columns of a matrix [OUT, IN], in float32; it begins at a row of all."""
+    matrix = matrices + first_row * IN
     depth = tl.arange(0, DEPTH)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for begin in range(0, IN, DEPTH):
@@ -211,7 +223,9 @@ def _product(
         if WIDE:
             left = left.to(tl.float32)
             right = right.to(tl.float32)
-        total += tl.dot(left, right, input_precision="ieee")
+        total += tl.dot(left, right.to(left.dtype), input_precision="ieee")
+    if factors is not None:
+        total *= tl.load(factors + first_row + column, mask=column < OUT, other=0.0).to(tl.float32)[None, :]
     return total
 
 

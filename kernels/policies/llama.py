@@ -140,10 +140,10 @@ MIXTRAL = Policy(
     weights=decoder_weights(
         {
             "mlp.router.weight": stack("block_sparse_moe.gate.weight"),
-            "mlp.up": stack(
+            "mlp.up.weight": stack(
                 "block_sparse_moe.experts.{expert}.w1.weight", "block_sparse_moe.experts.{expert}.w3.weight"
             ),
-            "mlp.down": stack("block_sparse_moe.experts.{expert}.w2.weight"),
+            "mlp.down.weight": stack("block_sparse_moe.experts.{expert}.w2.weight"),
         }
     ),
 )

@@ -52,11 +52,6 @@ def test_a_group_with_weights_in_8_bits(folder, scheme):
     assert list(tokens) == [token for token in expected if token not in card.eos_token_ids]
 
 
-def test_experts_are_not_quantized(tmp_path):
-    save_model(tmp_path, "mixtral")
-    assert "experts are not quantized in this release" in refusal(str(tmp_path), "--quantize", "int8")
-
-
 def test_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
     assert "has no weights" in refusal(str(folder))

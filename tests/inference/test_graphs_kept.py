@@ -68,7 +68,7 @@ def test_a_cache_that_is_kept_meets_the_new_weights(pretended):
 
 def test_what_follows_from_weights_follows_their_changes(monkeypatch):
     """Kernels take the norms of GPT-2 after the product, by sums that were computed when it was loaded."""
-    monkeypatch.setattr("headrace.kernels.linear.pack_weight", lambda weight: weight)  # what is packed has none
+    monkeypatch.setattr("headrace.kernels.weight.pack_weight", lambda weight: weight)  # what is packed has none
     engine = init_inference(make_model("gpt2"), device="cpu")
     linear, norm = engine.module.blocks[0].qkv, engine.module.blocks[0].attention_norm
     folded, before = linear._folded, linear._folded.clone()

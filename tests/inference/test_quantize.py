@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.errors import UnsupportedModelError
 from headrace.kernels.quantize import SCHEMES
 from headrace.workers.inference import init_inference
 from headrace.workers.inference.watch import Watch
@@ -22,7 +21,7 @@ def engine_of(module, scheme="int8", **settings):
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-7b", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-7b", "gemma3", "mixtral"])
 def test_texts_are_those_of_the_rounded_model(scheme, name):
     expected = rounded(make_model(name), scheme).generate(IDS, **GREEDY)
     engine = engine_of(make_model(name), scheme)
@@ -42,18 +41,11 @@ def test_what_reads_whole_texts(scheme, name):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 * float(expected.detach().abs().max()))
 
 
-def test_folders_and_modules_are_the_same(tmp_path):
-    module = save_model(tmp_path, "qwen2-tied")
+@pytest.mark.parametrize("name", ["qwen2-tied", "mixtral"])
+def test_folders_and_modules_are_the_same(tmp_path, name):
+    module = save_model(tmp_path, name)
     first, other = engine_of(tmp_path), engine_of(module)
     torch.testing.assert_close(first(IDS).logits, other(IDS).logits, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("scheme", list(SCHEMES))
-def test_experts_are_refused_and_the_module_stays_whole(scheme):
-    module = make_model("mixtral")
-    with pytest.raises(UnsupportedModelError, match="experts are not quantized"):
-        engine_of(module, scheme)
-    assert module(IDS).logits.isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------------- its report
@@ -88,6 +80,12 @@ def test_the_report(scheme, dtype, how):
     assert stored not in repr(engine.module.head)
 
 
+def test_the_report_of_experts():
+    report = engine_of(make_model("mixtral")).report()
+    assert report.slots["mlp"] == "experts (int8), silu, gate stacked on up, 2 of 5 experts a token"
+    assert "norms, biases and routers" in report.left_alone
+
+
 def test_the_report_of_a_plain_model_says_nothing_of_it():
     report = init_inference(make_model("llama"), device="cpu").report()
     assert report.quantized == ""
@@ -101,7 +99,7 @@ def test_the_report_of_a_plain_model_says_nothing_of_it():
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_weights_that_others_hold_as_they_were_are_quantized_when_they_are_loaded(scheme, monkeypatch):
     """A plain copy into 8 bits would have left zeros and ones, and then an error about missing factors."""
-    monkeypatch.setattr("headrace.kernels.linear.pack_weight", lambda weight: weight)  # a packed one cannot be copied
+    monkeypatch.setattr("headrace.kernels.weight.pack_weight", lambda weight: weight)  # a packed one cannot be copied
     engine, other = engine_of(make_model("llama"), scheme), engine_of(make_model("llama", seed=8), scheme)
     plain = init_inference(make_model("llama", seed=8), device="cpu")
     expected = other(IDS).logits

@@ -50,7 +50,7 @@ from tests.kernels.test_pairs_embedding import make as make_tokens
 from tests.kernels.test_pairs_linear import AROUND, FEW, SKINNY, make
 from tests.kernels.test_pairs_linears import AROUND as AROUND_BOTH
 from tests.kernels.test_pairs_linears import BIASES, BOTH, MANY, SUMS, make_both, make_sum, projection, summed
-from tests.kernels.test_pairs_quantized import quantized
+from tests.kernels.test_pairs_quantized import make_narrow_experts, quantized
 from tests.kernels.test_sampling_gpu import make_rows
 from tests.support.batches import make_batch
 from tests.support.kernels import Kernels
@@ -222,6 +222,8 @@ def experts_cases() -> Iterator[Case]:
     x, chosen, *rest = make_experts(BFLOAT, CROWDS[1], "silu", True)
     last = torch.full_like(chosen, CROWDS[1][3] - 1)
     yield "all ask the last", lambda run: run(experts, x, last, *rest)
+    narrow, scales = make_narrow_experts("int8", BFLOAT, CROWDS[1], "silu", True)
+    yield "in 8 bits", lambda run: run(experts, *narrow, **scales)
 
 
 # (heads, kv heads, head dim, pairs that turn)

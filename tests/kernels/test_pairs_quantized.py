@@ -12,13 +12,15 @@ import torch
 
 from headrace.kernels.ops.activation import activate
 from headrace.kernels.ops.dequantize import dequantize
+from headrace.kernels.ops.experts import experts
 from headrace.kernels.ops.linear import fold_norm, linear, rounds
 from headrace.kernels.ops.linears import linear_both, linear_chain, linear_sum
 from headrace.kernels.ops.norm import norm
 from headrace.kernels.ops.rows import halve_rows, round_rows
 from headrace.kernels.quantize import SCHEMES, store
 from headrace.kernels.tuning import GEMV_ROWS, MOST_ROWS, Tiles
-from tests.kernels.test_pairs import DTYPES, TOLERANCE
+from tests.kernels.test_pairs import CROWDS, DTYPES, GPU_CROWDS, TOLERANCE, make_experts
+from tests.kernels.test_pairs import check as check_values
 from tests.kernels.test_pairs_linear import FEW, SKINNY, check, compute, compute_with, make
 from tests.kernels.test_pairs_linears import BOTH, SUMS, make_both, make_sum, projection, summed
 from tests.support.kernels import Kernels, cases
@@ -250,6 +252,34 @@ def test_one_product_after_the_other(kernels: Kernels, case):
     assert found.isfinite().all()
     size = (expected - second["residual"].double()).norm()
     assert (found - expected).norm() <= (0.03 if rounds(first["x"], first["weight"]) else 4 * TOLERANCE[dtype]) * size
+
+
+def make_narrow_experts(scheme: str, *case: Any) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
+    """Arguments of the op with both stacks in 8 bits, and their factors."""
+    *asked, up, down, spec = make_experts(*case)
+    stacks, scales = [], {}
+    for name, stack in (("up_scale", up), ("down_scale", down)):
+        given, _ = quantized({"weight": stack.flatten(0, 1)}, scheme)
+        stacks.append(given["weight"].view(stack.shape))
+        scales[name] = given["scale"].view(stack.shape[:2])
+    return (*asked, *stacks, spec), scales
+
+
+@cases(
+    product(NAMES, [HALF], CROWDS[1:], ["silu"], [True]),
+    [
+        *product(NAMES, DTYPES, CROWDS + GPU_CROWDS, ["silu"], [True]),
+        *product(NAMES, [BFLOAT], GPU_CROWDS[:1], ["gelu"], [False]),
+    ],
+)
+def test_experts_in_8_bits(kernels: Kernels, case):
+    """Their rows keep all digits, however many there are."""
+    scheme, dtype, *shape = case
+    (x, *asked, up, down, spec), scales = make_narrow_experts(scheme, dtype, *shape)
+    meant = (up.float() * scales["up_scale"].float()[..., None], down.float() * scales["down_scale"].float()[..., None])
+    expected = experts(x.float(), *asked, *meant, spec)
+    slack = 2 * TOLERANCE[dtype] + 4 * 2**-24 * spec.size**0.5  # as in test_experts
+    check_values(kernels(experts, x, *asked, up, down, spec, **scales), expected, dtype, slack)
 
 
 OPS = {

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _plain_weights(monkeypatch):
     """Matrices as a GPU has them."""
-    monkeypatch.setattr("headrace.kernels.linear.pack_weight", lambda weight: weight)
+    monkeypatch.setattr("headrace.kernels.weight.pack_weight", lambda weight: weight)
 
 
 def make(family: str, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Model:

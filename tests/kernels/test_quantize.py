@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from headrace.errors import ConfigError, UnsupportedModelError
+from headrace.errors import ConfigError
 from headrace.kernels.linear import Linear
 from headrace.kernels.quantize import NARROW, SCHEMES, find_scheme, store
+from headrace.kernels.weight import Stack
 from headrace.workers.config import QUANTIZATIONS
 from tests.support.quantized import blank_model
 
@@ -157,6 +158,33 @@ def test_what_of_a_model_is_quantized(name):
     assert str(SCHEMES[name].dtype).removeprefix("torch.") not in repr(model.head)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_of_experts_all_but_the_router_is_quantized(name):
+    model = blank_model("mixtral", SCHEMES[name])
+    narrow = {key.partition("blocks.0.")[2] for key, part in model.named_parameters() if part.dtype in NARROW} - {""}
+    assert narrow == {"qkv.weight", "out.weight", "mlp.up.weight", "mlp.down.weight"}
+    experts = model.blocks[0].mlp
+    assert experts.up.scale.shape == experts.up.weight.shape[:2]
+    assert repr(experts.up).endswith(f", {str(SCHEMES[name].dtype).removeprefix('torch.')})")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stack_is_quantized_when_it_is_loaded_and_stays_so(name):
+    stack = Stack(3, 6, 4)
+    stack.quantize(SCHEMES[name])
+    matrices = torch.randn(3, 6, 4)
+    stack.load_state_dict({"weight": matrices, "scale": torch.zeros(3, 6)})
+    for index, matrix in enumerate(matrices):
+        values, scale = quantized(matrix, name)
+        assert torch.equal(stack.weight[index].float(), values.float())
+        assert torch.equal(stack.scale[index], scale)
+    before = stack.weight.clone()
+    assert torch.equal(stack.half().weight.float(), before.float())
+    assert stack.weight.dtype is SCHEMES[name].dtype
+    stack.pack()
+    assert stack.matrices is stack.weight, "there is no faster layout"
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -168,27 +196,20 @@ def test_names():
     assert caught.value.param == "quantize"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_experts_are_refused(name):
-    with pytest.raises(UnsupportedModelError, match=r"experts are not quantized.*Leave it out") as caught:
-        SCHEMES[name].check(blank_model("mixtral").spec, torch.device("cpu"))
-    assert caught.value.param == "quantize"
-
-
 @pytest.mark.parametrize(("name", "capability"), [("fp8", (8, 0)), ("fp8", (7, 5)), ("fp8", (6, 1))])
 def test_a_gpu_that_is_too_old(name, capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    spec, gpu = blank_model("llama").spec, torch.device("cuda", 0)
+    gpu = torch.device("cuda", 0)
     found = ".".join(map(str, capability))
     with pytest.raises(ConfigError, match=rf"takes a GPU of compute capability 8\.9; Some GPU has {found}.*'int8'"):
-        SCHEMES[name].check(spec, gpu)
-    SCHEMES["int8"].check(spec, gpu)
-    SCHEMES[name].check(spec, torch.device("cpu"))
+        SCHEMES[name].check(gpu)
+    SCHEMES["int8"].check(gpu)
+    SCHEMES[name].check(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
 def test_a_gpu_that_is_new_enough(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for scheme in SCHEMES.values():
-        scheme.check(blank_model("llama").spec, torch.device("cuda", 0))
+        scheme.check(torch.device("cuda", 0))

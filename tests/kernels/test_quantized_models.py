@@ -17,16 +17,16 @@ from tests.support.quantized import meant_by, unpacked
 from tests.support.tiny_encoders import ENCODERS, save_encoder
 from tests.support.tiny_models import FAMILIES, T5_VARIANTS, save_model, save_t5
 
-DECODERS = [name for name in FAMILIES if name != "mixtral"]
 VOCAB = 100  # of the texts; the models know some more tokens
 LENS = (1, 40, 17, 12)
 # The most that may be lost of what is said, as a share of its root mean square. T5 loses more, whose attention is not
 # scaled: with random weights every query sees one key, and a small error makes that another one.
 LOST = {"int8": 0.045, "fp8": 0.2}
 LOST_OF_T5 = {"int8": 0.2, "fp8": 0.6}
+LOST_OF_EXPERTS = {"int8": 0.045, "fp8": 0.3}  # tokens between two experts are answered by the other one
 
 
-@pytest.fixture(scope="module", params=[*DECODERS, *T5_VARIANTS, *ENCODERS])
+@pytest.fixture(scope="module", params=[*FAMILIES, *T5_VARIANTS, *ENCODERS])
 def folder(request, tmp_path_factory):
     """The folder of a model of every family."""
     place = tmp_path_factory.mktemp(request.param)
@@ -64,7 +64,8 @@ def test_a_model_is_the_one_that_its_8_bits_stand_for(folder, name):
         model.pack()
     found, meant, plain = said(quantized), said(oracle), said(load_model(folder, dtype="float32"))
     torch.testing.assert_close(found, meant, rtol=0, atol=1e-4 * float(meant.abs().max()))
-    assert 0 < lost(found, plain) < (LOST if quantized.spec.encoder is None else LOST_OF_T5)[name]
+    most = LOST_OF_EXPERTS if quantized.spec.layers[0].mlp.experts else LOST_OF_T5 if quantized.spec.encoder else LOST
+    assert 0 < lost(found, plain) < most[name]
 
 
 @pytest.mark.parametrize("name", list(SCHEMES))

@@ -41,7 +41,7 @@ def meant_by(quantized: Model) -> Model:
     given = dict(quantized.named_parameters(remove_duplicate=False))
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         exact = given[name].double()
-        parameter.data.copy_(exact * scales[name].double()[:, None] if name in scales else exact)
+        parameter.data.copy_(exact * scales[name].double()[..., None] if name in scales else exact)
     return plain
 
 
@@ -51,11 +51,17 @@ def rounded(module: Any, name: str) -> Any:
     scheme = SCHEMES[name]
     for place, part in module.named_modules():
         if re.search(r"\.\d+\.", place) and (isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D"):
-            rows = part.weight.data if isinstance(part, torch.nn.Linear) else part.weight.data.T
-            values, scale = torch.empty_like(rows, dtype=scheme.dtype), rows.new_empty(len(rows), dtype=scheme.factors)
-            store(rows, values, scale)
-            rows.copy_(values.to(rows.dtype) * scale[:, None])
+            _round(part.weight.data if isinstance(part, torch.nn.Linear) else part.weight.data.T, scheme)
+        for stack in (getattr(part, "gate_up_proj", None), getattr(part, "down_proj", None)):
+            if isinstance(stack, torch.nn.Parameter):  # the experts of a layer
+                _round(stack.data.flatten(0, 1), scheme)
     return module
+
+
+def _round(rows: torch.Tensor, scheme: Scheme) -> None:
+    values, scale = torch.empty_like(rows, dtype=scheme.dtype), rows.new_empty(len(rows), dtype=scheme.factors)
+    store(rows, values, scale)
+    rows.copy_(values.to(rows.dtype) * scale[:, None])
 
 
 def same_bytes(first: Model, other: Model) -> bool:

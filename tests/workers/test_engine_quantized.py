@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.errors import ConfigError, UnsupportedModelError
+from headrace.errors import ConfigError
 from headrace.kernels.quantize import SCHEMES
 from headrace.workers.config import EngineConfig
 from headrace.workers.encoder_engine import EncoderEngine
@@ -17,8 +17,8 @@ from tests.support.tiny_encoders import save_encoder
 from tests.support.tiny_models import FAMILIES, T5_VARIANTS, save_model, save_t5
 from tests.workers.test_engine import PROMPTS, STEPS, answer, greedy, load
 
-ALL = [("int8", name) for name in FAMILIES if name != "mixtral"]
-SOME = [("fp8", name) for name in ("llama", "gpt2", "falcon-40b", "gemma2")]
+ALL = [("int8", name) for name in FAMILIES]
+SOME = [("fp8", name) for name in ("llama", "gpt2", "falcon-40b", "gemma2", "mixtral")]
 
 
 @pytest.mark.parametrize(("scheme", "name"), [*ALL, *SOME])
@@ -46,10 +46,13 @@ def test_an_encoder(tmp_path):
 
 
 def test_what_cannot_be_quantized_is_said_before_it_is_read(tmp_path, monkeypatch):
-    save_model(tmp_path, "mixtral")
+    save_model(tmp_path, "llama")
     monkeypatch.setattr("headrace.workers.engines.loading", lambda *args, **kwargs: pytest.fail("it was read"))
-    with pytest.raises(UnsupportedModelError, match="experts are not quantized"):
-        load(tmp_path, quantize="int8")
+    monkeypatch.setattr("headrace.workers.engines.pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    with pytest.raises(ConfigError, match=r"compute capability 8\.9; Some GPU has 8\.0"):
+        load(tmp_path, quantize="fp8")
 
 
 @pytest.mark.parametrize("given", ["int4", "", "INT8", torch.int8, True])

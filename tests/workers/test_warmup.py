@@ -126,8 +126,8 @@ def test_nothing_is_left_to_compile(tmp_path, monkeypatch, family, settings):
     That of T5's decodes beside the answer of a stream that gave way was not, nor were those that draw for an even
     number of sequences from logits of 16 bits, nor those of sources that are longer than a step may be.
     """
-    for module in ("linear", "mlp"):  # matrices as a GPU has them
-        monkeypatch.setattr(f"headrace.kernels.{module}.pack_weight", lambda weight: weight)
+    # Matrices as a GPU has them.
+    monkeypatch.setattr("headrace.kernels.weight.pack_weight", lambda weight: weight)
     (save_t5 if family == "t5" else save_model)(tmp_path, family)
     engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG | settings, async_scheduling=True))
     with noted_launches() as compiled:

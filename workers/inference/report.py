@@ -11,7 +11,7 @@ from torch import nn
 
 from headrace.kernels.linear import Linear
 from headrace.kernels.model import Model
-from headrace.kernels.quantize import SCHEMES
+from headrace.kernels.quantize import SCHEMES, Scheme
 from headrace.kernels.spec import AttentionSpec, HeadSpec, LayerSpec, MLPSpec, RotarySpec
 from headrace.kernels.tuning import MOST_ROWS
 from headrace.workers.inference.kind import GeneratingKind, Kind
@@ -122,7 +122,9 @@ def _not_quantized(model: Model) -> dict[str, str]:
     why = {"embedding": "a look-up of one row a token: there is nothing to fuse it with, nor to gain by quantizing"}
     if model.head is not None:
         why["head"] = "not quantized, for what it errs by is seen in the logits at once"
-    return why | {"norms and biases": "not quantized, for they take next to no memory"}
+    routed = any(layer.mlp.experts for layer in model.spec.layers)
+    small = "norms, biases and routers" if routed else "norms and biases"
+    return why | {small: "not quantized, for they take next to no memory"}
 
 
 def _graphs(kind: GeneratingKind, streams: Streams | None) -> dict[str, str]:
@@ -156,7 +158,7 @@ def _slots(model: Model) -> dict[str, str]:
         computed = "keys and values stacked, computed once a source and cached"
         slots["cross attention"] = f"{_each(map(_cross, crossing))}; {linear}, {computed}"
     slots["norm"] = _each(_norm(layer) for layer in layers)
-    slots["mlp"] = _each(_mlp(layer.mlp, linear) for layer in layers)
+    slots["mlp"] = _each(_mlp(layer.mlp, linear, model.scheme) for layer in layers)
     if spec.head is not None:
         slots["head"] = _head(spec.head, model, _linear(model.head))
     if spec.pooler:
@@ -231,10 +233,11 @@ def _norm(layer: LayerSpec) -> str:
     return f"norm, {kind}, placement {layer.placement}"
 
 
-def _mlp(spec: MLPSpec, linear: str) -> str:
+def _mlp(spec: MLPSpec, linear: str, scheme: Scheme | None) -> str:
     how = f"{spec.activation}{', gate stacked on up' if spec.gated else ''}"
     if spec.experts:
-        return f"experts, {how}, {spec.experts.per_token} of {spec.experts.count} experts a token"
+        stored = "" if scheme is None else f" ({scheme.name})"
+        return f"experts{stored}, {how}, {spec.experts.per_token} of {spec.experts.count} experts a token"
     return f"activate, {how}, between {linear}"
 
 

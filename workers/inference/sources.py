@@ -80,7 +80,7 @@ def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
     task = None
     if checkpoint.architecture in checkpoint.policy.tasks:
         task = blank_task(task_class(checkpoint.architecture), checkpoint.config)
-    scheme = _scheme(checkpoint.spec, device, config)
+    scheme = _scheme(device, config)
     with loading(checkpoint, dtype=config.dtype, device=device, task=task, scheme=scheme) as under_way:
         injected = under_way.finished()
     if (folder / "generation_config.json").is_file():
@@ -118,7 +118,7 @@ def _from_module(module: nn.Module, config: InferenceConfig) -> Loaded:
     dtype = own if config.dtype == "auto" else DTYPES[config.dtype]
     generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(module.config)
     task = blank_task(type(module), module.config) if architecture in policy.tasks else None
-    scheme = _scheme(spec, device, config)
+    scheme = _scheme(device, config)
     injected = inject(module, policy, dtype=dtype, device=device, task=task, scheme=scheme)
     return Loaded(
         model=injected.model,
@@ -140,10 +140,10 @@ def _device(config: InferenceConfig, parameter: nn.Parameter | None) -> torch.de
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _scheme(spec: ModelSpec, device: torch.device, config: InferenceConfig) -> Scheme | None:
+def _scheme(device: torch.device, config: InferenceConfig) -> Scheme | None:
     scheme = find_scheme(config.quantize)
     if scheme is not None:
-        scheme.check(spec, device)
+        scheme.check(device)
     return scheme
 
 
