@@ -131,9 +131,7 @@ class Headrace:
         from headrace.workers.engine import Engine
 
         module = random_module(source, self._device, room.seed)
-        architecture, scheme = type(module).__name__, find_scheme(source.quantize)
-        if scheme is not None:
-            scheme.check(self._device)
+        architecture, scheme = type(module).__name__, find_scheme(source.quantize, self._device)
         policy = find_policy(architecture)
         model = inject(module, policy, dtype=module.dtype, device=self._device, scheme=scheme).model
         spec = model.spec

@@ -92,11 +92,15 @@ _BY_DTYPE = {scheme.dtype: scheme for scheme in SCHEMES.values()}
 NARROW = frozenset(_BY_DTYPE)  # what weights are stored in that have factors
 
 
-def find_scheme(name: str | None) -> Scheme | None:
+def find_scheme(name: str | None, device: torch.device | None = None) -> Scheme | None:
     """The scheme of that name; None for none.
 
+    Args:
+        name: of a scheme.
+        device: that is to compute with it, if it is known.
+
     Raises:
-        ConfigError: there is no such scheme.
+        ConfigError: there is no such scheme, or the device is too old for it.
     """
     if name is None:
         return None
@@ -105,6 +109,8 @@ def find_scheme(name: str | None) -> Scheme | None:
             f"quantize is {name!r}; give one of {', '.join(SCHEMES)}, or leave it out for weights as they are.",
             param="quantize",
         )
+    if device is not None:
+        SCHEMES[name].check(device)
     return SCHEMES[name]
 
 

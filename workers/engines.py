@@ -54,9 +54,8 @@ def load_engine(
     start_token = start_token_of(
         spec, card, checkpoint.read_json("generation_config.json").get("decoder_start_token_id")
     )
-    device, scheme = pick_device(config.device), find_scheme(config.quantize)
-    if scheme is not None:
-        scheme.check(device)
+    device = pick_device(config.device)
+    scheme = find_scheme(config.quantize, device)
     if device.type == "cuda":
         prepare()
     memory = check_before_loading(spec, card, config, checkpoint.dtype(config.dtype), device)

@@ -77,7 +77,7 @@ class Needs:
         graphs: kept by captured steps.
         block: one block of the KV cache over all layers; 0 for a model without one.
         block_size: tokens of a block.
-        saved_by_int8: of the weights, if they were quantized; 0 if they are, or cannot be.
+        saved_by_int8: of the weights, if they were quantized; 0 if they are.
     """
 
     weights: int

@@ -203,13 +203,13 @@ def test_a_gpu_that_is_too_old(name, capability, monkeypatch):
     gpu = torch.device("cuda", 0)
     found = ".".join(map(str, capability))
     with pytest.raises(ConfigError, match=rf"takes a GPU of compute capability 8\.9; Some GPU has {found}.*'int8'"):
-        SCHEMES[name].check(gpu)
-    SCHEMES["int8"].check(gpu)
-    SCHEMES[name].check(torch.device("cpu"))
+        find_scheme(name, gpu)
+    assert find_scheme("int8", gpu) is SCHEMES["int8"]
+    assert find_scheme(name, torch.device("cpu")) is find_scheme(name) is SCHEMES[name]
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
 def test_a_gpu_that_is_new_enough(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    for scheme in SCHEMES.values():
-        scheme.check(torch.device("cuda", 0))
+    for name, scheme in SCHEMES.items():
+        assert find_scheme(name, torch.device("cuda", 0)) is scheme

@@ -15,7 +15,7 @@ from headrace.kernels.inject import config_of, inject
 from headrace.kernels.model import Model
 from headrace.kernels.policies import find_policy
 from headrace.kernels.policies.base import Policy
-from headrace.kernels.quantize import Scheme, find_scheme
+from headrace.kernels.quantize import find_scheme
 from headrace.kernels.spec import ModelSpec
 from headrace.workers.checkpoint import DTYPES, Checkpoint
 from headrace.workers.inference.config import InferenceConfig
@@ -80,7 +80,7 @@ def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
     task = None
     if checkpoint.architecture in checkpoint.policy.tasks:
         task = blank_task(task_class(checkpoint.architecture), checkpoint.config)
-    scheme = _scheme(device, config)
+    scheme = find_scheme(config.quantize, device)
     with loading(checkpoint, dtype=config.dtype, device=device, task=task, scheme=scheme) as under_way:
         injected = under_way.finished()
     if (folder / "generation_config.json").is_file():
@@ -118,7 +118,7 @@ def _from_module(module: nn.Module, config: InferenceConfig) -> Loaded:
     dtype = own if config.dtype == "auto" else DTYPES[config.dtype]
     generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(module.config)
     task = blank_task(type(module), module.config) if architecture in policy.tasks else None
-    scheme = _scheme(device, config)
+    scheme = find_scheme(config.quantize, device)
     injected = inject(module, policy, dtype=dtype, device=device, task=task, scheme=scheme)
     return Loaded(
         model=injected.model,
@@ -138,13 +138,6 @@ def _device(config: InferenceConfig, parameter: nn.Parameter | None) -> torch.de
     if parameter is not None and parameter.is_cuda:
         return parameter.device
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _scheme(device: torch.device, config: InferenceConfig) -> Scheme | None:
-    scheme = find_scheme(config.quantize)
-    if scheme is not None:
-        scheme.check(device)
-    return scheme
 
 
 def _check_policy(policy: Policy, architecture: str) -> None:
