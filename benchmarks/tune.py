@@ -103,13 +103,12 @@ class Bench:
 
         from headrace.kernels.quantize import find_scheme
 
-        self._narrow, self._itemsize = find_scheme(scheme), 2 if scheme is None else 1
-        count = int(_WEIGHT_BYTES / self._itemsize)
-        if self._narrow is None:
-            self._values = torch.randn(count, device="cuda", dtype=torch.bfloat16).mul_(0.02)
+        self._scheme = find_scheme(scheme)
+        if self._scheme is None:
+            self._values = torch.randn(int(_WEIGHT_BYTES / 2), device="cuda", dtype=torch.bfloat16).mul_(0.02)
         else:
-            numbers = torch.randint(-127, 128, (count,), device="cuda", dtype=torch.int8)
-            self._values = numbers.to(self._narrow.dtype)
+            numbers = torch.randint(-127, 128, (int(_WEIGHT_BYTES),), device="cuda", dtype=torch.int8)
+            self._values = numbers.to(self._scheme.dtype)
 
     def weights(self, found: Product) -> list[Any]:
         """Some weights of that product."""
@@ -117,8 +116,9 @@ class Bench:
 
         height = found.n * (2 if found.gated else 1)
         size = height * found.k
-        copies = min(max(_FEWEST_COPIES, int(_COPIED_BYTES / self._itemsize) // size), len(self._values) // size)
-        values = self._values if self._narrow else self._values.view(getattr(torch, found.dtype))
+        enough = int(_COPIED_BYTES / self._values.element_size()) // size
+        copies = min(max(_FEWEST_COPIES, enough), len(self._values) // size)
+        values = self._values if self._scheme else self._values.view(getattr(torch, found.dtype))
         return [values[index * size :][:size].view(height, found.k) for index in range(copies)]
 
     def call(self, way: Candidate, weights: list[Any]) -> Any:
@@ -143,8 +143,8 @@ class Bench:
         residual = random_(way.rows, found.n) if found.residual else None
         around = {"activation": found.activation, "gated": found.gated, "residual": residual}
         around |= {"before": before, "folded": folded}
-        if self._narrow:
-            around["scale"] = random_(height, dtype=self._narrow.factors or own).mul_(1e-4)
+        if self._scheme:
+            around["scale"] = random_(height, dtype=self._scheme.factors or own).mul_(1e-4)
         return lambda: [linear_triton.run(way.tiles, x, weight, bias, **around) for weight in weights]
 
     def finalists(self, ways: list[Candidate]) -> list[dict[str, Any]]:

@@ -62,7 +62,6 @@ _DEEP_TILES_GATED = {
     64: [(64, 128, 4, 4), (64, 128, 8, 3)],
 }
 _NARROW_TILES = [*product((64, 128, 256), (64, 128), (64, 128), (4, 8), (3, 4))]
-_MOST_OF_FP8 = 64  # rows that keep their digits (`headrace.kernels.ops.linear.rounds`)
 _MOST_SUMS = 128  # of a thread, in registers
 _SHARED_MEMORY = 227 * 1024
 
@@ -136,7 +135,7 @@ def candidates_of(found: Product, rows: int) -> Iterator[Candidate]:
     """All ways worth a try; none where a library multiplies fp8 by fp8 anyway."""
     from headrace.kernels.tuning import GEMV_ROWS, KEPT
 
-    if found.scheme == "fp8" and rows > _MOST_OF_FP8:
+    if _rounds(found, rows):
         return
     if rows > 1:
         yield _way(found, rows, "torch")
@@ -151,6 +150,18 @@ def candidates_of(found: Product, rows: int) -> Iterator[Candidate]:
         yield from _keep_ways(found)
     if rows > 2:
         yield from _skinny_ways(found, rows)
+
+
+def _rounds(found: Product, rows: int) -> bool:
+    import torch
+
+    from headrace.kernels.ops.linear import rounds
+    from headrace.kernels.quantize import find_scheme
+
+    if (scheme := find_scheme(found.scheme)) is None:
+        return False
+    weight = torch.empty(found.n * (2 if found.gated else 1), found.k, dtype=scheme.dtype, device="meta")
+    return rounds(torch.empty(rows, found.k, device="meta"), weight)
 
 
 def _loaded(found: Product, block_n: int, block_k: int, warps: int) -> int:

@@ -12,7 +12,6 @@ from headrace.benchmarks.tune import MODELS, Bench, _line
 from headrace.benchmarks.tune_layers import _table, has_layers, settled
 from headrace.benchmarks.tune_ways import Product, candidates_of, products_of
 from headrace.kernels import tuning
-from headrace.kernels.ops.linear import rounds
 from headrace.kernels.spec import NormSpec
 from headrace.kernels.tuning import GEMV_ROWS, MOST_ROWS, LinearShape, Tiles, row_bucket
 
@@ -92,12 +91,14 @@ def test_rows_of_the_table_say_how_wide_weights_are():
     assert (wide, int8, fp8) == (LinearShape(*size, 2), LinearShape(*size, 1), LinearShape(*size, 1, fp8=True))
 
 
-@pytest.mark.parametrize("rows", [1, 64, 128])
+@pytest.mark.parametrize(
+    ("n", "rows", "ours"), [(6144, 1, True), (6144, 64, True), (6144, 128, False), (1111, 128, True)]
+)
 @pytest.mark.usefixtures("h200")
-def test_what_is_multiplied_as_fp8_is_left_to_a_library(rows):
-    tried = list(candidates_of(dataclasses.replace(LLAMA[0], scheme="fp8"), rows))
-    narrow = SimpleNamespace(dtype=torch.float8_e4m3fn, shape=(LLAMA[0].n, LLAMA[0].k))
-    assert bool(tried) is not rounds(torch.empty(rows, LLAMA[0].k), narrow)
+def test_what_is_multiplied_as_fp8_is_left_to_a_library(n, rows, ours):
+    """Many rows, if the library has a product of that size."""
+    assert bool(list(candidates_of(Product(n, 4096, False, scheme="fp8"), rows))) is ours
+    assert list(candidates_of(Product(n, 4096, False, scheme="int8"), rows))
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "gpt2-xl", "bert-large"])
