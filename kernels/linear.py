@@ -78,8 +78,7 @@ class Linear(Weight):
     def extra_repr(self) -> str:
         """For `print(model)`."""
         out_size, in_size = self.weight.shape
-        stored = "" if self.scale is None else f", {str(self.weight.dtype).removeprefix('torch.')}"
-        return f"{in_size}, {out_size}, bias={self.bias is not None}{stored}"
+        return f"{in_size}, {out_size}, bias={self.bias is not None}{self.stored}"
 
 
 def are_plain(*parts: nn.Module) -> bool:

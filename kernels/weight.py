@@ -43,6 +43,11 @@ class Weight(nn.Module):
         if packed is not self.weight:
             self.weight = nn.Parameter(packed, requires_grad=False)
 
+    @property
+    def stored(self) -> str:
+        """What `print(model)` adds: in what it is quantized, if it is."""
+        return "" if self.scale is None else f", {str(self.weight.dtype).removeprefix('torch.')}"
+
     def keeps(self, tensor: Tensor) -> bool:
         """Whether the weight or its factors are of their own dtype, whatever that of the model is."""
         return tensor.dtype in NARROW or (self._own_factors and tensor is self.scale)
@@ -62,8 +67,12 @@ class Weight(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Quantize what others have kept as it was; copied into 8 bits it would lose all behind the point."""
         rows = state_dict.get(f"{prefix}weight")
-        plain = isinstance(rows, Tensor) and rows.dtype not in NARROW and rows.ndim == self.weight.ndim
-        if self.scale is not None and isinstance(rows, Tensor) and plain:
+        if (
+            self.scale is not None
+            and isinstance(rows, Tensor)
+            and rows.dtype not in NARROW
+            and rows.ndim == self.weight.ndim
+        ):
             values = torch.empty(rows.shape, dtype=self.weight.dtype, device=self.weight.device)
             scale = self.scale.new_empty(rows.shape[:-1])
             store(rows.flatten(0, -2), values.flatten(0, -2), scale.flatten())
@@ -96,5 +105,4 @@ class Stack(Weight):
         if self.packed is not None:
             return ""
         count, out_size, in_size = self.weight.shape
-        stored = "" if self.scale is None else f", {str(self.weight.dtype).removeprefix('torch.')}"
-        return f"{count} of {in_size}, {out_size}{stored}"
+        return f"{count} of {in_size}, {out_size}{self.stored}"
