@@ -27,7 +27,7 @@ Finalists = Mapping[Any, list[dict[str, Any]]]  # by product, rows of the table,
 _LAYERS = 4  # together more weights than a cache holds
 _CONTEXT = 512
 _BLOCK = 16
-_FACTOR = 0.02 / 74  # of int8 numbers, which deviate by 74: weights as large as those in 16 bits
+_FACTOR = 0.02 / 74  # of numbers in 8 bits, which deviate by 74: weights as large as those in 16 bits
 _ROUNDS = 7
 
 
@@ -67,22 +67,31 @@ def _step(name: str, count: int, scheme: str | None) -> Callable[[], Any]:
     import torch
 
     from headrace.kernels.model import Model
-    from headrace.kernels.quantize import NARROW, find_scheme
+    from headrace.kernels.quantize import find_scheme
 
     source = find_source(name, layers=_LAYERS)
     spec, dtype = spec_of(source), getattr(torch, source.dtype)
     model = Model(spec, dtype=dtype, device="cuda", scheme=find_scheme(scheme))
-    for weight in model.parameters():
-        if weight.dtype in NARROW:
-            weight.data.random_(-127, 128)
-        else:
-            weight.data.normal_(0, 0.02)
-    for scale in model.scales().values():
-        scale.fill_(_FACTOR)
+    _fill(model)
     model.pack()
     model.fold()
     model.reserve_positions(_CONTEXT)
     return _text_step(model, count) if spec.is_encoder else _decode_step(model, count)
+
+
+def _fill(model: Model) -> None:
+    """With random weights, of one size however they are stored."""
+    import torch
+
+    from headrace.kernels.quantize import NARROW
+
+    for weight in model.parameters():
+        if weight.dtype in NARROW:  # fp8 has no random numbers of its own
+            weight.data.copy_(torch.randint(-127, 128, weight.shape, dtype=torch.int8, device=weight.device))
+        else:
+            weight.data.normal_(0, 0.02)
+    for scale in model.scales().values():
+        scale.fill_(_FACTOR)
 
 
 def _text_step(model: Model, count: int) -> Callable[[], Any]:

@@ -8,10 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from headrace.benchmarks.models import spec_of
+from headrace.benchmarks.shapes import find_source
 from headrace.benchmarks.tune import MODELS, Bench, _line
-from headrace.benchmarks.tune_layers import _table, has_layers, settled
+from headrace.benchmarks.tune_layers import _fill, _table, has_layers, settled
 from headrace.benchmarks.tune_ways import Product, candidates_of, products_of
 from headrace.kernels import tuning
+from headrace.kernels.model import Model
+from headrace.kernels.quantize import find_scheme
 from headrace.kernels.spec import NormSpec
 from headrace.kernels.tuning import GEMV_ROWS, MOST_ROWS, LinearShape, Tiles, row_bucket
 
@@ -145,6 +149,18 @@ def test_tiles_that_are_tried_take_the_place_of_stored_ones():
 )
 def test_layers_of_one_model_alone_are_asked(name, layers):
     assert has_layers(name) is layers
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
+def test_random_weights_are_of_one_size(scheme):
+    model = Model(spec_of(find_source("tiny")), dtype=torch.float32, device="cpu", scheme=find_scheme(scheme))
+    _fill(model)
+    assert model.projections()
+    for part in model.projections().values():
+        values = part.weight.detach().float()
+        if part.scale is not None:
+            values = values * part.scale[..., None]
+        assert 0.018 < values.std().item() < 0.022
 
 
 @pytest.mark.gpu

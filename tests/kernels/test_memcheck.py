@@ -41,8 +41,9 @@ def sanitized(*ops: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-def test_no_kernel_leaves_its_tensors():
-    done = sanitized()
+@pytest.mark.parametrize("op", CASES)
+def test_no_kernel_leaves_its_tensors(op):
+    done = sanitized(op)
     assert done.returncode == 0
     assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
     assert "cases ran" in done.stdout
