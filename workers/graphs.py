@@ -6,7 +6,8 @@ Everything that follows from these (slots, contexts, the rows' part of the table
 
 There are two kinds: decodes, where every sequence computes one token, and prompts, where sequences compute any number,
 one included. A step is filled up to the next size with tokens that belong to nobody and write to a block of their own.
-It ends with the choice of tokens, by the settings of each sequence; what is edited is chosen again outside.
+It ends with the choice of tokens, by the settings of each sequence. Sequences that want their logits edited have theirs
+chosen again, outside.
 """
 
 from __future__ import annotations

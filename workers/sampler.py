@@ -95,17 +95,23 @@ class Sampler:
         Args:
             logits: [R, vocab], of each.
             sequences: R of them.
-            tokens: [R] int64, if they were chosen and noted in `last_tokens` already, by their settings alone.
+            tokens: [R] int64, if they were chosen and noted in `last_tokens` already, by their settings alone. Those of
+                sequences that want logits edited are chosen again.
         """
         if not sequences:
             return Choices((), self.last_tokens[:0])
         rows = self._bound(sequences)
         edited = self._edits.edits(rows)
-        if tokens is None or edited:
-            tokens = self._choose(logits, sequences, rows, edited)
+        if tokens is None:
+            tokens = self._choose(logits, sequences, rows, edited=len(edited) > 0)
+        elif len(edited):
+            places = upload(edited, self._device)
+            those = [sequences[place] for place in edited]
+            again = self._choose(logits.index_select(0, places), those, rows[edited], edited=True)
+            tokens = tokens.index_copy(0, places, again)
         return Choices(sequences, tokens, self._logprobs_of(logits, tokens, rows))
 
-    def _choose(self, logits: Tensor, sequences: Items[Sequence], rows: np.ndarray, edited: bool) -> Tensor:
+    def _choose(self, logits: Tensor, sequences: Items[Sequence], rows: np.ndarray, *, edited: bool) -> Tensor:
         host = np.zeros((1 + NUM_SETTINGS, len(rows)), dtype=np.int64)
         host[0] = rows
         self.write_settings(sequences, host[1:])

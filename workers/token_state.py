@@ -8,7 +8,6 @@ so a step needs nothing from the host. As long as nobody asks for any of it, not
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -41,9 +40,9 @@ class TokenState:
         self._tables: EditTables | None = None
         self._edits = np.zeros(num_rows, dtype=bool)
 
-    def edits(self, rows: Iterable[int]) -> bool:
-        """Whether the sequences of some rows want anything edited."""
-        return bool(self._edits[list(rows)].any())
+    def edits(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the sequences of some rows want anything edited, as places among them."""
+        return np.flatnonzero(self._edits[rows])
 
     def bind(self, sequence: Sequence) -> None:
         """Give the row of a sequence to it, with all the tokens it has; what was there is forgotten.
@@ -84,7 +83,7 @@ class TokenState:
         rows, on = self._num_rows + 1, self._device
         if self._tables is None:
             self._tables = EditTables(
-                penalties=torch.tensor(_NO_PENALTIES, dtype=torch.float32, device=on).repeat(rows, 1),
+                penalties=upload(np.array(_NO_PENALTIES, dtype=np.float32), on).repeat(rows, 1),
                 seen=None,
                 biased=torch.zeros(rows, _MOST_BIASED, dtype=torch.int32, device=on),
                 biases=torch.zeros(rows, _MOST_BIASED, dtype=torch.float32, device=on),

@@ -285,6 +285,20 @@ def test_logit_bias_can_force_a_token_but_not_an_end_before_min_tokens():
     assert choose(sampler, [[0.0, 0.0, 0.0]], sequence) == [1]
 
 
+def test_tokens_that_were_chosen_stay_but_those_of_edited_logits():
+    sampler = Sampler(num_rows=3, vocab=4)
+    plain, biased, drawn = (
+        make_sequence(row=row, prompt=[0], **sampling)
+        for row, sampling in enumerate(({"temperature": 0.0}, {"logit_bias": {2: 50.0}}, {"temperature": 1.0}))
+    )
+    noted = torch.tensor([3, 3, 3])
+    sampler.last_tokens[:3] = noted
+    choices = sampler.choose(torch.zeros(3, 4), [drawn, biased, plain], noted).read()
+    assert [(choice.sequence, choice.token) for choice in choices] == [(drawn, 3), (biased, 2), (plain, 3)]
+    assert sampler.last_tokens.tolist() == [3, 2, 3, 0]
+    assert noted.tolist() == [3, 3, 3]
+
+
 def test_penalties_count_prompt_and_output_as_the_rules_say():
     sampler = Sampler(num_rows=3, vocab=4)
     logits = [[0.0, 3.0, 2.9, 2.8]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -145,10 +146,10 @@ def test_who_wants_nothing_costs_nothing():
     state.bind(make_sequence(1, temperature=0.5, top_p=0.9))
     logits = torch.randn(1, 5)
     assert state.edit(logits, torch.tensor([1]), torch.tensor([0])) is logits
-    assert not state.edits([0, 1])
+    assert state.edits(np.array([0, 1])).tolist() == []
     state.bind(make_sequence(0, min_tokens=1))
-    assert state.edits([0, 1])
-    assert not state.edits([1])
+    assert state.edits(np.array([1, 0])).tolist() == [1]
+    assert state.edits(np.array([1])).tolist() == []
 
 
 def test_a_row_forgets_its_former_sequence():
