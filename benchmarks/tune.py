@@ -192,7 +192,7 @@ def _launched(way: Candidate) -> None:
 
 
 def write_table(path: Path, gpu: str, rows: list[dict[str, Any]]) -> None:
-    """Write rows of a table; others that it has stay."""
+    """Write rows of a table, each with the day; others that it has stay."""
     import torch
     import triton
 
@@ -202,8 +202,9 @@ def write_table(path: Path, gpu: str, rows: list[dict[str, Any]]) -> None:
         return tuple(row.get(name, False) for name in LinearShape.__slots__)  # older rows lack fp8
 
     known = json.loads(path.read_text())["linear"] if path.exists() else []
-    merged = {place(row): row for row in [*known, *rows]}
-    about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "date": time.strftime("%Y-%m-%d")}
+    day = time.strftime("%Y-%m-%d")
+    merged = {place(row): row for row in [*known, *({**row, "date": day} for row in rows)]}
+    about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "date": day}
     lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
     head = json.dumps(about, indent=1).removesuffix("\n}")
     path.parent.mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
 """The one block, driven by a LayerSpec: norms, attention over the cache, feed-forward.
 
-Between blocks travels one tensor. Norms are done by the product that reads them, additions by the product that makes
-the addend (`headrace.kernels.ops.linear`).
+Between blocks travels one tensor. Norms are asked of the product that reads them, additions of the product that makes
+the addend (`headrace.kernels.ops.linear`). A kernel for few rows does them itself; otherwise they are passes of their
+own before and after it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,14 +11,14 @@ import torch
 
 from headrace.benchmarks.models import spec_of
 from headrace.benchmarks.shapes import find_source
-from headrace.benchmarks.tune import MODELS, Bench, _line
+from headrace.benchmarks.tune import MODELS, Bench, _line, write_table
 from headrace.benchmarks.tune_layers import _fill, _table, has_layers, settled
 from headrace.benchmarks.tune_ways import Product, candidates_of, products_of
 from headrace.kernels import tuning
 from headrace.kernels.model import Model
 from headrace.kernels.quantize import find_scheme
 from headrace.kernels.spec import NormSpec
-from headrace.kernels.tuning import GEMV_ROWS, MOST_ROWS, LinearShape, Tiles, row_bucket
+from headrace.kernels.tuning import GEMV_ROWS, MOST_ROWS, LinearShape, Tiles, parse_table, row_bucket
 
 ROWS = [1, 2, 4, 16, 32, 64, 128, 256]
 BERT = [Product(n, k, False) for n, k in ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))]
@@ -128,6 +129,20 @@ def test_a_line_tells_the_tiles():
 
 def row_of(shape, tiles):
     return dataclasses.asdict(shape) | dataclasses.asdict(tiles)
+
+
+def test_rows_of_a_table_stay_with_their_day_until_they_are_measured_anew(tmp_path, monkeypatch):
+    path = tmp_path / "tuned" / "gpu.json"
+    rows = [row_of(LinearShape(count, 64, 64, gated=False, itemsize=2), Tiles("torch")) for count in (2, 1)]
+    monkeypatch.setattr("time.strftime", lambda _: "2026-01-01")
+    write_table(path, "GPU", rows)
+    monkeypatch.setattr("time.strftime", lambda _: "2026-01-02")
+    write_table(path, "GPU", [row_of(LinearShape(2, 64, 64, gated=False, itemsize=2), Tiles("gemv", 4, 64))])
+    table = json.loads(path.read_text())
+    found = [(row["rows"], row["kernel"], row["date"]) for row in table["linear"]]
+    assert found == [(1, "torch", "2026-01-01"), (2, "gemv", "2026-01-02")]
+    assert (table["gpu"], table["date"]) == ("GPU", "2026-01-02")
+    assert set(parse_table(table).values()) == {Tiles("torch"), Tiles("gemv", 4, 64)}
 
 
 def test_tiles_that_are_tried_take_the_place_of_stored_ones():
