@@ -46,7 +46,8 @@ def compare(session: Session, source: Source, *, requests: int, prompt_tokens: i
     )
     single = replace(together, measure="latency", batch=1, output_tokens=1, rounds=_SINGLES, pause=_IDLE)
     session.compare([together, single])
-    inside = [row.value(session.ours) for row in session.report.rows[before:]]
+    rows = session.report.rows[before:]
+    inside = [row.value(session.ours) for row in rows]
     if len(inside) < 2 or None in inside:
         return  # the rows say why
     model = session.model(source)
@@ -58,7 +59,7 @@ def compare(session: Session, source: Source, *, requests: int, prompt_tokens: i
         step_tokens=session.settings.step_tokens,
         seed=session.settings.seed,
     )
-    figures, _ = in_pool(
+    figures, about = in_pool(
         session,
         source,
         room,
@@ -76,7 +77,8 @@ def compare(session: Session, source: Source, *, requests: int, prompt_tokens: i
             unit="tok/s",
             more_is_better=True,
             case=case,
-            figures={OURS: figures[0] | {"in_process": rate}},
+            figures={OURS: figures[0] | about | {"in_process": rate}},
+            limit=rows[0].limit,
             goal=KEPT * rate,
             **common,
         )
@@ -88,6 +90,7 @@ def compare(session: Session, source: Source, *, requests: int, prompt_tokens: i
             unit="ms",
             case=case | {"requests": 1, "output_tokens": 1},
             figures={OURS: figures[1] | {"in_process": first}},
+            limit=rows[1].limit,
             goal=first + MOST_ADDED_MS,
             **common,
         )

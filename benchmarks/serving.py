@@ -33,6 +33,7 @@ __all__ = ["Load", "figure_of", "in_pool", "serve_endpoint", "serve_source"]
 T = TypeVar("T")
 
 _WARM_REQUESTS = 3
+_HEARTBEAT = 1.5  # seconds, in which each group says at least once how it is
 _TITLE = "Serve: requests through broker and client"
 
 
@@ -106,8 +107,8 @@ def serve_source(session: Session, source: Source, load: Load) -> None:
         async with patient_client(endpoint) as client:
             return await load.run(client_opener(client, output_tokens=load.output_tokens), model["vocab_size"])
 
-    figure, ready = in_pool(session, source, room, work)
-    figure |= {"pool_ready_s": ready}
+    figure, about = in_pool(session, source, room, work)
+    figure |= about
     session.report.add(_row(source.name, model["dtype"], load, {OURS: figure}, _TITLE, quantize=source.quantize))
 
 
@@ -142,8 +143,11 @@ def _row(
 
 def in_pool(
     session: Session, source: Source, room: Room, work: Callable[[str], Coroutine[Any, Any, T]]
-) -> tuple[T, float]:
-    """Start broker and a worker group, let `work` talk to the endpoint, and end them; also the seconds until ready.
+) -> tuple[T, dict[str, float]]:
+    """Start broker and a worker group, let `work` talk to the endpoint, and end them.
+
+    Also what its figures say of the pool: the seconds until it was ready, and the kernels that it compiled afterwards,
+    of which there should be none.
 
     Raises:
         HeadraceError: they could not start, or failed.
@@ -168,7 +172,9 @@ def in_pool(
         code = Pool(plan, session.terminal, visitor).run()
     if not visitor.results:
         raise SystemExit(code or 130)
-    return visitor.results[0], visitor.at - started
+    if visitor.compilations:
+        session.terminal.note(f"{visitor.compilations} kernels were compiled while requests were served")
+    return visitor.results[0], {"pool_ready_s": visitor.at - started, "compilations": visitor.compilations}
 
 
 class _Visitor(Generic[T]):
@@ -177,6 +183,7 @@ class _Visitor(Generic[T]):
     def __init__(self, work: Callable[[str], Coroutine[Any, Any, T]]) -> None:
         self.results: list[T] = []
         self.at = 0.0
+        self.compilations = 0
         self._work = work
         self._stop: Callable[[], None] | None = None
 
@@ -189,6 +196,9 @@ class _Visitor(Generic[T]):
             self.results.append(asyncio.run(self._cancellable(pool.client_endpoint)))
         except asyncio.CancelledError:
             return None  # whoever stopped it ends the pool
+        time.sleep(_HEARTBEAT)
+        with Client(pool.client_endpoint) as client:
+            self.compilations = sum(group["load"].get("compilations", 0) for group in client.status()["groups"])
         return 0
 
     def stop(self) -> None:

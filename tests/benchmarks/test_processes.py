@@ -81,6 +81,9 @@ def test_both_ways(bench):
     through = rows["compare throughput"]["figures"]["headrace"]
     assert through["in_process"] == rate
     assert (through["completed"], through["output_tokens"]) == (4, 20)
+    assert through["compilations"] == 0
+    assert rows["compare throughput"]["limit"] == rows["throughput"]["limit"] > 0
+    assert rows["compare first token"]["limit"] == rows["latency"]["limit"] > 0
     assert rows["compare throughput"]["goal"] == pytest.approx(0.97 * rate, rel=DIGITS)
     assert rows["compare first token"]["goal"] == pytest.approx(first + 2.0, rel=DIGITS)
     assert "in process" in done.output
