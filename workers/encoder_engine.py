@@ -177,6 +177,7 @@ class EncoderEngine:
             "waiting": len(self._queue),
             "prompt_tokens": self._prompt_tokens,
             "graph_replays": self._runner.num_replays,
+            "graphs": self._runner.num_graphs,
             "compilations": compilations() - self._compiled,
         }
 

@@ -82,6 +82,11 @@ class EncoderRunner:
         return self._device.type == "cuda"
 
     @property
+    def num_graphs(self) -> int:
+        """Sizes of steps that have one."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    @property
     def num_replays(self) -> int:
         """Steps computed by a graph."""
         return 0 if self._graphs is None else self._graphs.replays

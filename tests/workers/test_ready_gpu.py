@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 
 import pytest
 import torch
@@ -11,10 +12,24 @@ from headrace.kernels.quantize import SCHEMES
 from headrace.messages import Assignment, pack_tokens
 from headrace.workers.config import EngineConfig
 from headrace.workers.engines import load_engine
+from tests.support.engines import assign, run
 from tests.support.mixed_load import MIXED_LOAD_CONFIG, MIXED_LOAD_FAMILIES, run_mixed_load
+from tests.support.tiny_encoders import save_encoder
 from tests.support.tiny_models import save_model, save_t5
+from tests.support.tiny_tokenizer import CLS, MASK, SEP
+from tests.workers.test_encoder_engine import ask
 
 pytestmark = pytest.mark.gpu
+
+WIDE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 512,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+}
+WIDE_CONFIG = {"kv_tokens": 24_576, "max_num_seqs": 20, "max_batch_tokens": 4096}
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +49,30 @@ def test_nothing_is_compiled_once_it_is_ready(tmp_path, caplog, family, graphs, 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_nothing_is_compiled_once_it_is_ready_with_weights_in_8_bits(tmp_path, caplog, family, scheme, graphs):
     check_that_nothing_is_compiled(tmp_path, caplog, family, graphs=graphs, dtype="bfloat16", quantize=scheme)
+
+
+def serve_long_texts(engine, unit=1000):
+    """Prompts of up to six units, of which two are chunks of several steps, while others decode."""
+    asked = [
+        assign([(7 * number + place) % 250 for place in range(length)], request=number, max_tokens=20)
+        for number, length in enumerate((3, unit, 6 * unit, 3 * unit + 1, 17, 5 * unit - 3))
+    ]
+    assert [outcome.reason for outcome in run(engine, asked)] == ["length"] * len(asked)
+
+
+def read_texts(engine):
+    """Texts of all lengths up to the longest, alone and together, in all ways that vectors are made, and masks."""
+    chance, longest = random.Random(5), engine.card.max_model_len
+    tasks = [("embed", {}), ("embed", {"pooling": {"pooling": "cls"}}), ("fill_mask", {"sampling": {"logprobs": 2}})]
+    for number in range(150):
+        length = longest if number == 7 else chance.randint(3, longest)
+        task, settings = chance.choice(tasks)
+        text = [CLS, MASK, *(chance.randrange(3, 40) for _ in range(length - 3)), SEP]
+        engine.add(ask(number, text, task, **settings), 0.0)
+        if chance.random() < 0.3:
+            engine.step(0.0)
+    while engine.has_work:
+        assert not engine.step(0.0).refusals
 
 
 def check_that_nothing_is_compiled(tmp_path, caplog, family, *, graphs, **settings):
@@ -57,6 +96,37 @@ def check_that_nothing_is_compiled(tmp_path, caplog, family, *, graphs, **settin
     assert after["graphs"] == ready["graphs"]
     assert after["preemptions"] > ready["preemptions"]
     assert (after["graph_replays"] > 100) is graphs
+
+
+def test_nothing_is_compiled_for_heads_and_steps_as_large_as_real_ones(tmp_path, caplog):
+    """Attention of Hopper GPUs has heads of 128 values and many queries; steps of so many tokens are no graphs."""
+    save_model(tmp_path, "llama", **WIDE)
+    engine = load_engine(tmp_path, EngineConfig(**WIDE_CONFIG, dtype="bfloat16"))
+    engine.warm_up()
+    ready = engine.load_gauges()
+    caplog.set_level(logging.DEBUG, "headrace.workers.compilations")
+    caplog.clear()
+    serve_long_texts(engine)
+    run_mixed_load(engine, requests=60)
+    after = engine.load_gauges()
+    assert after["compilations"] == 0, caplog.messages
+    assert after["graphs"] == ready["graphs"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nothing_is_compiled_or_captured_once_an_encoder_is_ready(tmp_path, caplog, dtype):
+    save_encoder(tmp_path)
+    engine = load_engine(tmp_path, EngineConfig(dtype=dtype, max_num_seqs=20))
+    engine.warm_up()
+    ready = engine.load_gauges()
+    assert ready["graphs"] > 0
+    caplog.set_level(logging.DEBUG, "headrace.workers.compilations")
+    caplog.clear()
+    read_texts(engine)
+    after = engine.load_gauges()
+    assert after["compilations"] == 0, caplog.messages
+    assert after["graphs"] == ready["graphs"]
+    assert after["graph_replays"] > ready["graph_replays"]
 
 
 def test_an_engine_holds_no_more_than_its_share(tmp_path):
