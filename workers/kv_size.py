@@ -146,7 +146,7 @@ def estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: tor
             vocab=spec.vocab_size,
             value=dtype.itemsize,
         ),
-        graphs=0 if spec.is_encoder else _graphs(spec, config, 0),
+        graphs=_graphs(spec, dataclasses.replace(config, max_batch_tokens=tokens), 0),
         block=0 if spec.is_encoder else KVCache.bytes_per_block(spec, config.block_size, dtype),
         block_size=config.block_size,
         saved_by_int8=_saved_by_int8(blank),
@@ -164,11 +164,11 @@ def _saved_by_int8(model: Model) -> int:
 def _graphs(spec: ModelSpec, config: EngineConfig, step: int) -> int:
     if not config.cuda_graphs:
         return 0
-    rows = list(decode_sizes(config.max_num_seqs))
-    if spec.encoder is None:
-        rows += [config.max_num_seqs] * len(prompt_sizes(config.max_batch_tokens))
-    else:  # whose graphs have no logits
+    rows = [] if spec.is_encoder else list(decode_sizes(config.max_num_seqs))
+    if spec.encoder is not None or spec.is_encoder:  # of what encoders read, which has no logits
         rows += [0] * len(sizes_of_batches(config.max_batch_tokens, config.max_num_seqs))
+    else:
+        rows += [config.max_num_seqs] * len(prompt_sizes(config.max_batch_tokens))
     return graph_bytes(rows=rows, vocab=spec.vocab_size, step=step)
 
 

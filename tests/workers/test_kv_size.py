@@ -5,21 +5,27 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from headrace.card import ModelCard
 from headrace.errors import ConfigError, ModelError
 from headrace.kernels.kv import KVCache
+from headrace.kernels.policies import find_policy
 from headrace.kernels.quantize import SCHEMES
 from headrace.workers import engines, kv_size
 from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
 from headrace.workers.describe import describe
+from headrace.workers.encoder_graphs import sizes_of_batches
 from headrace.workers.engine import Engine
 from headrace.workers.loader import load_model
-from headrace.workers.memory import GpuMemory
+from headrace.workers.memory import _GRAPH_BYTES, GpuMemory
 from headrace.workers.served import start_token_of
+from tests.support.tiny_encoders import save_encoder
 from tests.support.tiny_models import save_model, save_t5
 
 GPU = torch.device("cuda", 0)
@@ -117,6 +123,38 @@ def test_int8_is_advised_where_it_would_fit(folder, gpu):
     with pytest.raises(ModelError, match="What helps") as caught:
         kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
     assert "--quantize" not in caught.value.message
+
+
+def test_graphs_of_an_encoder_are_counted(tmp_path):
+    save_encoder(tmp_path)
+    config = EngineConfig(max_num_seqs=20, max_batch_tokens=300, device="cpu")
+    engine, checkpoint = engines.load_engine(tmp_path, config), Checkpoint(tmp_path)
+    found = [
+        kv_size.estimated(checkpoint.spec, engine.card, dataclasses.replace(config, cuda_graphs=graphs), torch.float32)
+        for graphs in (False, True)
+    ]
+    sizes = sizes_of_batches(engine._runner._max_tokens, engine._runner._max_texts)
+    assert (found[0].graphs, found[1].graphs) == (0, len(sizes) * _GRAPH_BYTES)
+
+
+def test_the_refusal_that_the_document_shows_is_that_of_the_code(gpu):
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128_256}
+    config = LlamaConfig(**sizes, num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131_072)
+    card = ModelCard(
+        name="Llama-3.1-70B",
+        architecture="LlamaForCausalLM",
+        family="llama",
+        fingerprint="",
+        vocab_size=config.vocab_size,
+        max_model_len=config.max_position_embeddings,
+        dtype="bfloat16",
+    )
+    gpu(int(79.1 * 1024) * MIB)
+    spec = find_policy(card.architecture).spec(config)
+    with pytest.raises(ModelError) as caught:
+        kv_size.check_before_loading(spec, card, EngineConfig(), torch.bfloat16, GPU)
+    document = (Path(__file__).parents[2] / "docs/startup.md").read_text()
+    assert caught.value.message in " ".join(document.split())
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, gpu, monkeypatch):

@@ -22,10 +22,10 @@ from headrace.workers.inference.decoder import Decoder
 from headrace.workers.inference.encoder import Encoder
 from headrace.workers.inference.encoder_decoder import EncoderDecoder
 from headrace.workers.inference.kind import GeneratingKind, Kind
+from headrace.workers.inference.memory import check_cache
 from headrace.workers.inference.report import InferenceReport, make_report
 from headrace.workers.inference.shell import CACHE_NAME
 from headrace.workers.inference.sources import Loaded
-from headrace.workers.memory import available_bytes
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -64,7 +64,7 @@ class InferenceEngine:
             loaded.model.reserve_positions(settings.max_tokens)
         kind = _kind(loaded, self.max_tokens, settings.cuda_graphs)
         self.device, self.dtype = kind.device, kind.dtype
-        _check_memory(kind, settings.min_tokens)
+        check_cache(kind, settings.min_tokens)
         self._kind: Kind | None = kind
         self._streams: Streams | None = None
         self._starting = threading.Lock()
@@ -279,22 +279,6 @@ def _kind(loaded: Loaded, max_tokens: int, cuda_graphs: bool | None) -> Kind:
     if spec.is_encoder:
         return Encoder(loaded, max_tokens)
     return (Decoder if spec.encoder is None else EncoderDecoder)(loaded, max_tokens, cuda_graphs)
-
-
-def _check_memory(kind: Kind, tokens: int) -> None:
-    """Refuse a model beside which there is no memory for a text of so many tokens."""
-    if tokens > kind.max_tokens:
-        raise ConfigError(
-            f"min_tokens is {tokens}, but the model was made for {kind.max_tokens}; lower it.", param="min_tokens"
-        )
-    needed = kind.cache_bytes(tokens)
-    free = torch.cuda.mem_get_info(kind.device)[0] if kind.device.type == "cuda" else available_bytes()
-    if needed > free:
-        raise ConfigError(
-            f"{tokens} tokens (min_tokens) need {needed:,} bytes of cache, but {free:,} are free on {kind.device}; "
-            "lower min_tokens, or use quantize='int8', a narrower dtype or a smaller model.",
-            param="min_tokens",
-        )
 
 
 def _ids(prompt: Sequence[int] | Tensor) -> Sequence[int]:

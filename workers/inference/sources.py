@@ -19,6 +19,7 @@ from headrace.kernels.quantize import find_scheme
 from headrace.kernels.spec import ModelSpec
 from headrace.workers.checkpoint import DTYPES, Checkpoint
 from headrace.workers.inference.config import InferenceConfig
+from headrace.workers.inference.memory import check_weights
 from headrace.workers.inference.road import has_graphs
 from headrace.workers.inference.tasks import blank_task, task_class
 from headrace.workers.loader import loading
@@ -81,6 +82,7 @@ def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
     if checkpoint.architecture in checkpoint.policy.tasks:
         task = blank_task(task_class(checkpoint.architecture), checkpoint.config)
     scheme = find_scheme(config.quantize, device)
+    check_weights(checkpoint, config, device)
     with loading(checkpoint, dtype=config.dtype, device=device, task=task, scheme=scheme) as under_way:
         injected = under_way.finished()
     if (folder / "generation_config.json").is_file():
