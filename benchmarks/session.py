@@ -15,7 +15,7 @@ from headrace.benchmarks.comparison import Comparison, Surveyor
 from headrace.benchmarks.measure import Case
 from headrace.benchmarks.report import Report, report_lines
 from headrace.benchmarks.shapes import SHAPES, Source, find_source
-from headrace.benchmarks.subject import OURS
+from headrace.benchmarks.subject import OURS, usual_peers
 from headrace.benchmarks.traces import kernel_lines
 from headrace.benchmarks.worker import OrderError
 from headrace.errors import ConfigError, InternalError
@@ -81,7 +81,7 @@ class Settings:
             device=values["device"],
             threads=values["threads"],
             seed=values["seed"],
-            peers=() if values.get("no_peers") else tuple(values.get("peers", ())),
+            peers=_peers(values),
             eager=values["enforce_eager"],
             step_tokens=values["max_num_batched_tokens"],
             read=_scaled(values["read_gb_s"], 1e9),
@@ -248,6 +248,12 @@ def opened(values: dict[str, Any], *, limits: bool = True) -> Iterator[Session]:
         finally:
             if session.report.rows:
                 session.show()
+
+
+def _peers(values: dict[str, Any]) -> tuple[str, ...]:
+    if values.get("no_peers") or "peers" not in values:
+        return ()
+    return tuple(values["peers"]) or usual_peers()
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

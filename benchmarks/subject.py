@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from headrace.benchmarks.measure import Timeline
 from headrace.benchmarks.shapes import Source
 from headrace.benchmarks.worker import answer
 
-__all__ = ["OURS", "SUBJECTS", "Entry", "Room", "Subject", "run_subject"]
+__all__ = ["OURS", "SUBJECTS", "Entry", "Room", "Subject", "run_subject", "usual_peers"]
 
 OURS = "headrace"
 
@@ -29,21 +30,30 @@ class Entry:
         place: module:class.
         arguments: of that, besides the device.
         warms_whole: whether its untimed round must be as long as the others, because it compiles for each length.
+        usual: the package without which there is none, of a peer that is measured unless others are named; else None.
     """
 
     place: str
     arguments: dict[str, Any] = field(default_factory=dict)
     warms_whole: bool = False
+    usual: str | None = None
 
 
 SUBJECTS: dict[str, Entry] = {
     OURS: Entry("headrace.benchmarks.ours:Headrace", {"graphs": True}),
     "headrace-eager": Entry("headrace.benchmarks.ours:Headrace", {"graphs": False}),
-    "transformers": Entry("headrace.benchmarks.peers:Transformers"),
+    "transformers": Entry("headrace.benchmarks.peers:Transformers", usual="transformers"),
     "transformers-compile": Entry("headrace.benchmarks.peers:CompiledTransformers", warms_whole=True),
-    "deepspeed": Entry("headrace.benchmarks.peers:DeepSpeed"),
-    "vllm": Entry("headrace.benchmarks.peers:VLLM"),
+    "deepspeed": Entry("headrace.benchmarks.peers:DeepSpeed", usual="deepspeed"),
+    "vllm": Entry("headrace.benchmarks.peers:VLLM", usual="vllm"),
 }
+
+
+def usual_peers() -> tuple[str, ...]:
+    """Who is measured beside ours if nobody is named: of those that are usual, who is installed. Imports none."""
+    return tuple(
+        name for name, entry in SUBJECTS.items() if entry.usual is not None and importlib.util.find_spec(entry.usual)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,15 +106,18 @@ def run_subject(*, name: str, device: str, threads: int) -> None:
 
     entry = SUBJECTS[name]
     module, _, kind = entry.place.partition(":")
-    orders = _Orders(getattr(importlib.import_module(module), kind)(device=pick_device(device), **entry.arguments))
+    place = pick_device(device)
+    subject = getattr(importlib.import_module(module), kind)(device=place, **entry.arguments)
+    orders = _Orders(subject, gpu=place.type == "cuda")
     answer({order: getattr(orders, order) for order in ("load", "generate", "encode", "profile", "unload")})
 
 
 class _Orders:
     """A subject behind plain values."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, *, gpu: bool) -> None:
         self._subject = subject
+        self._gpu = gpu
 
     def load(self, source: dict[str, Any], room: dict[str, Any]) -> dict[str, Any]:
         return self._subject.load(Source(**source), Room(**room))
@@ -132,7 +145,7 @@ class _Orders:
                 subject.generate(texts, output_tokens)
             return 1
 
-        return traced(run, trace)
+        return traced(run, trace, gpu=self._gpu)
 
     def unload(self) -> None:
         self._subject.unload()

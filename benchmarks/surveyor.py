@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class _Surveyor:
         }
         for package in ("headrace", "torch", "triton", "transformers"):
             found[package] = _version(package)
-        return found
+        return found | _commit()
 
     def ceilings(self, dtypes: list[str], read: float | None, matmul: float | None) -> dict[str, Any]:
         import torch
@@ -118,6 +119,21 @@ class _Surveyor:
         if source not in self._specs:
             self._specs[source] = spec_of(source), dtype_of(source)
         return self._specs[source]
+
+
+def _commit() -> dict[str, str]:
+    """Of a checkout, what is checked out, and whether it was changed since; of what is installed, nothing."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return {}
+    asked = []
+    for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):  # none is installed, or it does not know the folder
+            return {}
+        asked.append(done.stdout.strip())
+    return {"commit": asked[0] + ("+changes" if asked[1] else "")}
 
 
 def _version(package: str) -> str:

@@ -22,20 +22,20 @@ _KINDS = {
 }
 
 
-def traced(run: Callable[[Callable[[], None]], int], path: str | None) -> dict[str, Any]:
+def traced(run: Callable[[Callable[[], None]], int], path: str | None, *, gpu: bool) -> dict[str, Any]:
     """Profile a run from where it says so.
 
     Args:
         run: is given what it calls at the first step that counts; returns the number of steps from there.
         path: of the trace, in the format of Chrome's viewer and of Perfetto; None for none.
+        gpu: whether what counts is what a GPU does.
 
     Returns:
-        `steps`, and `kernels`: name, calls and milliseconds of each; on a CPU, of each operation of torch.
+        `steps`, and `kernels`: name, calls and milliseconds of each; without a GPU, of each operation of torch.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    gpu = torch.cuda.is_available()
     profiler = profile(activities=[ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU], acc_events=True)
     steps = run(profiler.start)
     if gpu:

@@ -138,8 +138,8 @@ peer_options = _all(
         heading="Peers",
         multiple=True,
         type=click.Choice(PEERS),
-        default=("transformers",),
-        help="Who is measured beside ours, with the same shapes and seed; may be repeated.",
+        help="Who is measured beside ours, with the same shapes and seed; may be repeated. Default: transformers, and "
+        "deepspeed and vllm where they are installed.",
     ),
     option("--no-peers", heading="Peers", is_flag=True, help="Nobody."),
 )

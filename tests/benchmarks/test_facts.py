@@ -1,0 +1,65 @@
+"""What a run notes of itself, and who is in it if nobody says."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from headrace.benchmarks import surveyor
+from headrace.benchmarks.measure import Timeline
+from headrace.benchmarks.session import _peers
+from headrace.benchmarks.subject import _Orders
+
+
+def git(folder, *words: str) -> str:
+    command = ["git", "-c", "user.name=T", "-c", "user.email=t@localhost", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_commit_of_a_checkout_and_whether_it_was_changed(tmp_path, monkeypatch):
+    part = tmp_path / "benchmarks"
+    part.mkdir()
+    monkeypatch.setattr(surveyor, "__file__", str(part / "surveyor.py"))
+    assert surveyor._commit() == {}, "it is no checkout"
+    (part / "surveyor.py").write_text("1")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "One")
+    commit = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert surveyor._commit() == {"commit": commit}
+    (part / "results.json").write_text("{}")
+    assert surveyor._commit() == {"commit": commit}, "results change nothing"
+    (part / "surveyor.py").write_text("2")
+    assert surveyor._commit() == {"commit": f"{commit}+changes"}
+
+
+@pytest.mark.parametrize(
+    ("installed", "values", "peers"),
+    [
+        ({"transformers"}, {"peers": ()}, ("transformers",)),
+        ({"transformers", "deepspeed", "vllm"}, {"peers": ()}, ("transformers", "deepspeed", "vllm")),
+        ({"transformers", "vllm"}, {"peers": ("deepspeed",)}, ("deepspeed",)),
+        ({"transformers", "vllm"}, {"peers": (), "no_peers": True}, ()),
+        ({"transformers", "vllm"}, {}, ()),  # commands that know no peers
+    ],
+)
+def test_peers_are_those_that_are_installed_unless_some_are_named(monkeypatch, installed, values, peers):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert _peers(values) == peers
+
+
+def test_a_profile_on_a_cpu_is_of_the_cpu_even_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def encode(texts: list[list[int]]) -> Timeline:
+        torch.ones(3, 3) @ torch.ones(3, 3)
+        return Timeline(total=0.0)
+
+    orders = _Orders(SimpleNamespace(encode=encode), gpu=False)
+    prompts = {"count": 1, "length": 1, "vocab_size": 5, "seed": 0}
+    found = orders.profile("encode", prompts, 0, decoding=False, trace=None)
+    assert any("mm" in kernel["name"] and kernel["ms"] > 0 for kernel in found["kernels"])
