@@ -38,7 +38,10 @@ def test_weights_that_a_gpu_has_no_room_for(folder, monkeypatch, share, settings
 
 
 def test_weights_are_checked_before_they_are_read(folder, monkeypatch):
-    monkeypatch.setattr(sources, "check_weights", lambda *_: (_ for _ in ()).throw(ModelError("no room")))
+    def refuse(*_):
+        raise ModelError("no room")
+
+    monkeypatch.setattr(sources, "check_weights", refuse)
     monkeypatch.setattr(sources, "loading", lambda *args, **kwargs: pytest.fail("they were read"))
     with pytest.raises(ModelError, match="no room"):
         init_inference(folder, device="cpu")
