@@ -9,9 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headrace.workers import rank
 from headrace.workers.encoder_engine import EncoderEngine
 from headrace.workers.encoder_graphs import StaticTexts, TextGraphs, sizes_of_batches
 from headrace.workers.encoder_runner import EncoderRunner
+from headrace.workers.start_report import StartClock
 from tests.support.kernels import Kernels
 from tests.support.static_steps import InterpretedTexts
 from tests.support.tiny_encoders import save_encoder
@@ -103,6 +105,20 @@ def test_without_room_for_graphs_texts_are_read_without(folder, monkeypatch, cap
     assert "no memory for CUDA graphs (CUDA out of memory" in caplog.text
     assert 0 in results(engine, TEXTS)
     assert engine.load_gauges()["graph_replays"] == 0
+
+
+def test_how_many_there_are_is_told_when_it_starts_and_as_long_as_it_runs(folder, monkeypatch):
+    """A group said that it had captured graphs, but not how many; so none that came later could be seen."""
+    engine = load(folder, device="cpu", max_batch_tokens=128, max_num_seqs=12)
+    monkeypatch.setattr(EncoderRunner, "on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
+    monkeypatch.setattr("headrace.workers.encoder_graphs.captured", lambda compute, pool: (None, ()))
+    clock = StartClock()
+    assert engine.load_gauges()["graphs"] == 0
+    rank._warm_up(engine, clock)
+    count = len(sizes_of_batches(128, 12))
+    assert engine.load_gauges()["graphs"] == count > 3
+    assert {phase.name: phase.amount for phase in clock.report().phases}["graphs"] == count
 
 
 def test_graphs_can_be_switched_off(folder, monkeypatch):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import random
 
 import pytest
 import torch
 
+from headrace.kernels.ops import attend_triton
 from headrace.kernels.quantize import SCHEMES
 from headrace.messages import Assignment, pack_tokens
 from headrace.workers.config import EngineConfig
 from headrace.workers.engines import load_engine
-from tests.support.engines import assign, run
 from tests.support.mixed_load import MIXED_LOAD_CONFIG, MIXED_LOAD_FAMILIES, run_mixed_load
 from tests.support.tiny_encoders import save_encoder
 from tests.support.tiny_models import save_model, save_t5
-from tests.support.tiny_tokenizer import CLS, MASK, SEP
-from tests.workers.test_encoder_engine import ask
+from tests.workers.test_ready import all_in_place, read_texts, serve_long_texts
 
 pytestmark = pytest.mark.gpu
 
@@ -51,30 +49,6 @@ def test_nothing_is_compiled_once_it_is_ready_with_weights_in_8_bits(tmp_path, c
     check_that_nothing_is_compiled(tmp_path, caplog, family, graphs=graphs, dtype="bfloat16", quantize=scheme)
 
 
-def serve_long_texts(engine, unit=1000):
-    """Prompts of up to six units, of which two are chunks of several steps, while others decode."""
-    asked = [
-        assign([(7 * number + place) % 250 for place in range(length)], request=number, max_tokens=20)
-        for number, length in enumerate((3, unit, 6 * unit, 3 * unit + 1, 17, 5 * unit - 3))
-    ]
-    assert [outcome.reason for outcome in run(engine, asked)] == ["length"] * len(asked)
-
-
-def read_texts(engine):
-    """Texts of all lengths up to the longest, alone and together, in all ways that vectors are made, and masks."""
-    chance, longest = random.Random(5), engine.card.max_model_len
-    tasks = [("embed", {}), ("embed", {"pooling": {"pooling": "cls"}}), ("fill_mask", {"sampling": {"logprobs": 2}})]
-    for number in range(150):
-        length = longest if number == 7 else chance.randint(3, longest)
-        task, settings = chance.choice(tasks)
-        text = [CLS, MASK, *(chance.randrange(3, 40) for _ in range(length - 3)), SEP]
-        engine.add(ask(number, text, task, **settings), 0.0)
-        if chance.random() < 0.3:
-            engine.step(0.0)
-    while engine.has_work:
-        assert not engine.step(0.0).refusals
-
-
 def check_that_nothing_is_compiled(tmp_path, caplog, family, *, graphs, **settings):
     (save_t5 if family == "t5" else save_model)(tmp_path, family)
     engine = load_engine(tmp_path, EngineConfig(**MIXED_LOAD_CONFIG, cuda_graphs=graphs, **settings))
@@ -98,35 +72,37 @@ def check_that_nothing_is_compiled(tmp_path, caplog, family, *, graphs, **settin
     assert (after["graph_replays"] > 100) is graphs
 
 
-def test_nothing_is_compiled_for_heads_and_steps_as_large_as_real_ones(tmp_path, caplog):
+def test_nothing_is_compiled_for_heads_and_steps_as_large_as_real_ones(tmp_path, caplog, monkeypatch):
     """Attention of Hopper GPUs has heads of 128 values and many queries; steps of so many tokens are no graphs."""
     save_model(tmp_path, "llama", **WIDE)
     engine = load_engine(tmp_path, EngineConfig(**WIDE_CONFIG, dtype="bfloat16"))
     engine.warm_up()
-    ready = engine.load_gauges()
-    caplog.set_level(logging.DEBUG, "headrace.workers.compilations")
-    caplog.clear()
-    serve_long_texts(engine)
-    run_mixed_load(engine, requests=60)
-    after = engine.load_gauges()
-    assert after["compilations"] == 0, caplog.messages
-    assert after["graphs"] == ready["graphs"] > 0
+    assert engine.load_gauges()["graphs"] > 0
+    queries, on_hopper = [], attend_triton.attend_as_hopper
+
+    def noted(q_thd, *args, **settings):
+        queries.append(len(q_thd))
+        on_hopper(q_thd, *args, **settings)
+
+    monkeypatch.setattr(attend_triton, "attend_as_hopper", noted)
+    with all_in_place(engine, caplog):
+        assert serve_long_texts(engine, unit=1000) >= 3, "all steps were replayed"
+        run_mixed_load(engine, requests=60)
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert max(queries) > 2048
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_nothing_is_compiled_or_captured_once_an_encoder_is_ready(tmp_path, caplog, dtype):
-    save_encoder(tmp_path)
-    engine = load_engine(tmp_path, EngineConfig(dtype=dtype, max_num_seqs=20))
+    save_encoder(tmp_path, max_position_embeddings=600)
+    engine = load_engine(tmp_path, EngineConfig(dtype=dtype, max_num_seqs=20, max_batch_tokens=4096))
     engine.warm_up()
-    ready = engine.load_gauges()
+    ready, steps = engine.load_gauges(), engine.steps
     assert ready["graphs"] > 0
-    caplog.set_level(logging.DEBUG, "headrace.workers.compilations")
-    caplog.clear()
-    read_texts(engine)
-    after = engine.load_gauges()
-    assert after["compilations"] == 0, caplog.messages
-    assert after["graphs"] == ready["graphs"]
-    assert after["graph_replays"] > ready["graph_replays"]
+    with all_in_place(engine, caplog):
+        assert len(read_texts(engine)) == 150
+    replays = engine.load_gauges()["graph_replays"] - ready["graph_replays"]
+    assert 0 < replays < engine.steps - steps, "steps are both such as graphs compute, and larger"
 
 
 def test_an_engine_holds_no_more_than_its_share(tmp_path):
