@@ -269,16 +269,20 @@ class Comparison:
         except OrderError as error:
             self._note(f"no trace of {case.source.name}: {error}")
             return []
-        read_by = self._surveyor.ask("read_by", case=asdict(case)) if case.measure == "decode" else {}
-        return [found | {"case": _named(case), "read_by": read_by, "trace": str(path)}]
+        work = self._surveyor.ask("work", case=asdict(case), **self._rates())
+        return [found | {"case": _named(case), "work": work, "trace": str(path)}]
+
+    def _rates(self) -> dict[str, Any]:
+        """Of the device, as the surveyor takes them."""
+        ceilings = self._report.facts["ceilings"]
+        return {name: ceilings[name] for name in ("read", "matmul")}
 
     def _leave_out(self, case: Case, model: dict[str, Any], why: str) -> None:
         self._add(case, model, {self._runners[0].name: {"error": why}})
 
     def _add(self, case: Case, model: dict[str, Any], figures: dict[str, dict[str, Any]]) -> None:
         measure, dtype = MEASURES[case.measure], model["dtype"]
-        ceilings = self._report.facts["ceilings"]
-        least = self._surveyor.ask("least", case=asdict(case), read=ceilings["read"], matmul=ceilings["matmul"])
+        least = self._surveyor.ask("least", case=asdict(case), **self._rates())
         load = {"batch": case.batch, "prompt_tokens": case.prompt_tokens}
         load |= {} if measure.task == "encode" else {"output_tokens": case.output_tokens}
         row = Row(

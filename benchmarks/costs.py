@@ -41,23 +41,45 @@ class Cost:
         bytes: read.
         flops: operations.
         projected: those of them that projections of layers do, which may be of fp8.
+        attention: the part of attention in both: keys and values read, and operations with them; None for no part.
     """
 
     bytes: float = 0.0
     flops: float = 0.0
     projected: float = 0.0
+    attention: Cost | None = None
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.bytes + other.bytes, self.flops + other.flops, self.projected + other.projected)
+        parts = [cost.attention for cost in (self, other) if cost.attention is not None]
+        return Cost(
+            self.bytes + other.bytes,
+            self.flops + other.flops,
+            self.projected + other.projected,
+            parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None),
+        )
 
     def __mul__(self, factor: float) -> Cost:
-        return Cost(self.bytes * factor, self.flops * factor, self.projected * factor)
+        attention = None if self.attention is None else self.attention * factor
+        return Cost(self.bytes * factor, self.flops * factor, self.projected * factor, attention)
+
+    @property
+    def matmul(self) -> Cost:
+        """The part of matrix products: all but attention."""
+        attention = self.attention or Cost()
+        return Cost(self.bytes - attention.bytes, self.flops - attention.flops, self.projected)
+
+    def reading(self, ceilings: Ceilings) -> float:
+        """Seconds that reading takes at the least."""
+        return self.bytes / ceilings.read
+
+    def computing(self, ceilings: Ceilings) -> float:
+        """Seconds that the operations take at the least."""
+        projected = self.projected / (ceilings.matmul if ceilings.fp8 is None else ceilings.fp8)
+        return projected + (self.flops - self.projected) / ceilings.matmul
 
     def seconds(self, ceilings: Ceilings) -> float:
         """The least time: reading and computing overlap, so it is the longer of the two."""
-        computing = (self.flops - self.projected) / ceilings.matmul
-        computing += self.projected / (ceilings.matmul if ceilings.fp8 is None else ceilings.fp8)
-        return max(self.bytes / ceilings.read, computing)
+        return max(self.reading(ceilings), self.computing(ceilings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +124,7 @@ class Costs:
         projected = 2 * batch * sum(_used_by(layer, self.spec.hidden_size) for layer in self.spec.layers)
         seen = self.context(context, source)
         read = self._bytes(weights) + self._head() * self.itemsize
-        flops = projected + batch * (2 * self._head() + seen.flops)
-        return Cost(read + batch * seen.bytes, flops, projected)
+        return Cost(read, projected + 2 * batch * self._head(), projected) + _attended(seen * batch)
 
     def context(self, context: float, source: float = 0.0) -> Cost:
         """Keys and values that one token sees, in all layers."""
@@ -140,8 +161,8 @@ class Costs:
             if left < tokens:
                 pairs = left * seen
                 projected -= 2 * (tokens - left) * (_used_by(layer, hidden) - _key_value(attention, hidden).count)
-            flops = projected + 4 * attention.num_heads * attention.head_dim * pairs
-            cost += Cost(self._bytes(_read_by(layer, hidden, left)), flops, projected)
+            cost += Cost(self._bytes(_read_by(layer, hidden, left)), projected, projected)
+            cost += _attended(Cost(flops=4 * attention.num_heads * attention.head_dim * pairs))
         return cost
 
     def _sources(self, batch: int, length: int) -> Cost:
@@ -160,6 +181,11 @@ class Costs:
     def _head(self) -> int:
         """Weights between the last hidden state and the logits."""
         return _last(self.spec) if self.spec.head is not None else _norm(self.spec.final_norm, self.spec.hidden_size)
+
+
+def _attended(cost: Cost) -> Cost:
+    """A cost that is all of attention."""
+    return Cost(cost.bytes, cost.flops, attention=cost)
 
 
 def num_parameters(spec: ModelSpec) -> int:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from headrace.benchmarks.measure import Timeline
-from headrace.benchmarks.models import config_of, peer_module
+from headrace.benchmarks.models import config_of, peer_module, spec_of
 from headrace.benchmarks.shapes import SHAPES, Source
 from headrace.benchmarks.subject import Room
 from headrace.errors import UnsupportedModelError
@@ -160,9 +160,11 @@ class VLLM:
         """The engine, warm; of a shape with weights of its own making.
 
         Raises:
-            UnsupportedModelError: it is to be quantized as vLLM does not do it while it loads.
+            UnsupportedModelError: it is to be quantized as vLLM does not do it while it loads, or is an encoder, or is
+                to run without a GPU.
         """
         _check("vLLM", source, ("fp8",))
+        self._check_measured(source)
         import torch
         from vllm import LLM
 
@@ -221,13 +223,18 @@ class VLLM:
         return Timeline(total=time.perf_counter() - started, first=first, gaps=gaps)
 
     def encode(self, texts: list[list[int]]) -> Timeline:
-        """Refused, which costs its cell of the table: vLLM reads texts by another class and another engine."""
-        raise UnsupportedModelError(
-            "vLLM is measured with models that generate only; leave --peer vllm out for an encoder.", param="peer"
-        )
+        """Never asked for: encoders are not loaded."""
+        raise AssertionError("vLLM loads no encoder here")
 
     def unload(self) -> None:
         """Let go of the engine."""
         self._llm = None
         if self._folder is not None:
             self._folder.cleanup()
+
+    def _check_measured(self, source: Source) -> None:
+        """Refuse at once, which costs the cells of the table, what would fail only after the engine's long start."""
+        if self._device.type != "cuda":
+            raise UnsupportedModelError(f"vLLM is measured on GPUs only, not on {self._device.type}", param="peer")
+        if spec_of(source).is_encoder:  # it reads texts by another class and another engine
+            raise UnsupportedModelError("vLLM is measured with models that generate only", param="peer")

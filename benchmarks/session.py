@@ -207,7 +207,7 @@ class Session:
         for found in self._profiles:
             say()
             say(f"{found['case']}: {found['steps']} steps, trace in {found['trace']}")
-            for line in kernel_lines(found, found["read_by"], self.report.facts["ceilings"]["read"]):
+            for line in kernel_lines(found, found["work"]):
                 say(line)
         if self.settings.plots is not None:
             from headrace.benchmarks.plots import plot_report
@@ -251,6 +251,7 @@ def opened(values: dict[str, Any], *, limits: bool = True) -> Iterator[Session]:
 
 
 def _peers(values: dict[str, Any]) -> tuple[str, ...]:
+    """Those named, or the usual ones; nobody where the command has no peers."""
     if values.get("no_peers") or "peers" not in values:
         return ()
     return tuple(values["peers"]) or usual_peers()

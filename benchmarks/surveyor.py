@@ -4,7 +4,7 @@ facts     of device and software
 ceilings  what the device can do
 model     what a source is: its vocabulary, the longest text, whether it generates
 least     seconds that a case takes at the least
-read_by   bytes that matrix products and attention read in one decode step
+work      what matrix products and attention must read and compute in a decode step, or in all of any other case
 write     a folder of a shape
 """
 
@@ -14,10 +14,11 @@ import importlib.metadata
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace.benchmarks.costs import Ceilings, Costs
+from headrace.benchmarks.costs import Ceilings, Cost, Costs
 from headrace.benchmarks.measure import Case
 from headrace.benchmarks.shapes import Source
 from headrace.benchmarks.worker import answer
@@ -38,7 +39,7 @@ def survey(*, device: str, threads: int) -> None:
 
     use_threads(threads, crowded=False)
     surveyor = _Surveyor(pick_device(device))
-    answer({name: getattr(surveyor, name) for name in ("facts", "ceilings", "model", "least", "read_by", "write")})
+    answer({name: getattr(surveyor, name) for name in ("facts", "ceilings", "model", "least", "work", "write")})
 
 
 class _Surveyor:
@@ -85,24 +86,22 @@ class _Surveyor:
         }
 
     def least(self, case: dict[str, Any], read: float, matmul: dict[str, float]) -> float:
-        from headrace.benchmarks.measures import MEASURES
-
-        asked = Case(**case | {"source": Source(**case["source"])})
-        spec, dtype = self._spec(asked.source)
-        costs = Costs(spec, dtype.itemsize, quantized=asked.source.quantize is not None)
-        parts = MEASURES[asked.measure].cost(costs, asked)
-        fp8 = matmul.get(_FP8) if asked.source.quantize == "fp8" else None
-        ceilings = Ceilings(read=read, matmul=matmul[str(dtype).removeprefix("torch.")], fp8=fp8)
+        parts, ceilings = self._costs(case, read, matmul)
         return sum(part.seconds(ceilings) for part in parts)
 
-    def read_by(self, case: dict[str, Any]) -> dict[str, float]:
-        from headrace.benchmarks.decode import step_cost
-
-        asked = Case(**case | {"source": Source(**case["source"])})
-        spec, dtype = self._spec(asked.source)
-        costs = Costs(spec, dtype.itemsize, quantized=asked.source.quantize is not None)
-        whole, weights = step_cost(costs, asked).bytes, costs.step(asked.batch, 0).bytes
-        return {"matmul": weights, "attention": whole - weights}
+    def work(self, case: dict[str, Any], read: float, matmul: dict[str, float]) -> dict[str, dict[str, float]]:
+        """By kind: `bytes` and `flops`, and the least seconds for each of the two, `reading` and `computing`."""
+        parts, ceilings = self._costs(case, read, matmul)
+        whole = sum(parts, Cost())
+        return {
+            kind: {
+                "bytes": cost.bytes,
+                "flops": cost.flops,
+                "reading": cost.reading(ceilings),
+                "computing": cost.computing(ceilings),
+            }
+            for kind, cost in (("matmul", whole.matmul), ("attention", whole.attention or Cost()))
+        }
 
     def write(self, source: dict[str, Any], folder: str, seed: int) -> None:
         import torch
@@ -112,6 +111,17 @@ class _Surveyor:
         write_folder(Source(**source), Path(folder), self._device, seed)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _costs(self, case: dict[str, Any], read: float, matmul: dict[str, float]) -> tuple[Sequence[Cost], Ceilings]:
+        """What a case costs, part by part, and what the device can do in its types."""
+        from headrace.benchmarks.measures import MEASURES
+
+        asked = Case(**case | {"source": Source(**case["source"])})
+        spec, dtype = self._spec(asked.source)
+        costs = Costs(spec, dtype.itemsize, quantized=asked.source.quantize is not None)
+        fp8 = matmul.get(_FP8) if asked.source.quantize == "fp8" else None
+        ceilings = Ceilings(read=read, matmul=matmul[str(dtype).removeprefix("torch.")], fp8=fp8)
+        return MEASURES[asked.measure].cost(costs, asked), ceilings
 
     def _spec(self, source: Source) -> tuple[Any, Any]:
         from headrace.benchmarks.models import dtype_of, spec_of

@@ -1,5 +1,5 @@
 """What the kernels of a run took: a trace for a viewer, and a table of the longest with their share and, where it is
-known what they must read, how fast they read.
+known what they must read and compute, how fast they did.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from headrace.benchmarks.report import amount
 from headrace.scripts.terminal import table
 
 __all__ = ["kernel_lines", "kind_of", "traced"]
@@ -57,25 +58,25 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in _KINDS.items() if pattern.search(kernel)), "other")
 
 
-def kernel_lines(found: Mapping[str, Any], read_by: Mapping[str, float], ceiling: float) -> list[str]:
+def kernel_lines(found: Mapping[str, Any], work: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The longest kernels, then their kinds, per step.
 
     Args:
         found: what `traced` found.
-        read_by: bytes that a kind must read in one step, where that is known.
-        ceiling: bytes per second that the device reads.
+        work: of a kind, what must be read and computed in one step, where that is known: `bytes` and `flops`, and the
+            seconds that the device needs for each, `reading` and `computing`.
     """
     steps, kernels = max(1, found["steps"]), found["kernels"]
     total = sum(kernel["ms"] for kernel in kernels) or 1.0
     lines = _listed(kernels, steps, total)
-    heads = ["kind", "us per step", "share", "MB per step", "GB/s", "of the device's"]
+    heads = ["kind", "us per step", "share", "MB per step", "GB/s", "of the device's", "GFLOP per step", "TFLOP/s", "of the device's"]
     rows = []
     for kind in (*_KINDS, "other"):
         ms = sum(kernel["ms"] for kernel in kernels if kind_of(kernel["name"]) == kind) / steps
-        read = read_by.get(kind)
-        rate = read / ms * 1e3 if read and ms else None
-        known = ["-"] * 3 if rate is None or read is None else _known(read, rate, ceiling)
-        rows.append([kind, f"{ms * 1e3:,.1f}", f"{ms * steps / total:.1%}", *known])
+        known = work.get(kind, {})
+        read = _rates(known.get("bytes"), known.get("reading"), ms / 1e3, (1e6, 1e9))
+        done = _rates(known.get("flops"), known.get("computing"), ms / 1e3, (1e9, 1e12))
+        rows.append([kind, f"{ms * 1e3:,.1f}", f"{ms * steps / total:.1%}", *read, *done])
     return [*lines, "", *table(heads, rows)]
 
 
@@ -93,5 +94,8 @@ def _listed(kernels: Sequence[Mapping[str, Any]], steps: int, total: float) -> l
     return table(heads, rows)
 
 
-def _known(read: float, rate: float, ceiling: float) -> list[str]:
-    return [f"{read / 1e6:,.1f}", f"{rate / 1e9:,.0f}", f"{rate / ceiling:.0%}"]
+def _rates(work: float | None, least: float | None, seconds: float, units: tuple[float, float]) -> list[str]:
+    """How much there is to do, how much of it was done in a second, and the share of what the device does in one."""
+    if not work or least is None or not seconds:
+        return ["-"] * 3
+    return [amount(work / units[0]), amount(work / seconds / units[1]), f"{least / seconds:.0%}"]

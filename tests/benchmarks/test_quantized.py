@@ -100,7 +100,7 @@ def test_vllm_quantizes_while_it_loads(monkeypatch, quantize):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 10))
     versions = SimpleNamespace(metadata=SimpleNamespace(version=lambda name: "0.26"))
     monkeypatch.setattr(peers, "importlib", versions)
-    peer = VLLM(torch.device("cpu"))
+    peer = VLLM(torch.device("cuda"))
     peer.load(find_source("tiny", quantize=quantize), ROOM)
     folder = Path(asked["model"])
     peer.unload()

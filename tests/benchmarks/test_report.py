@@ -203,10 +203,19 @@ def test_kinds_of_kernels():
 
 
 def test_kernels_with_the_rate_at_which_they_read():
-    """Two steps: 8 ms of products that read 16 GB in each are 4 TB/s."""
+    """Two steps: 8 ms of products that read 16 GB and do 1 TFLOP in each are 4 TB/s and 250 TFLOP/s."""
     kernels = [{"name": "_linear", "calls": 64, "ms": 8.0}, {"name": "_norm", "calls": 2, "ms": 2.0}]
-    lines = kernel_lines({"steps": 2, "kernels": kernels}, {"matmul": 16e9}, 4.4e12)
+    kernels.append({"name": "_attend", "calls": 2, "ms": 1.0})
+    work = {
+        "matmul": {"bytes": 16e9, "flops": 1e12, "reading": 0.00364, "computing": 0.00126},
+        "attention": {"bytes": 0.0, "flops": 2.5e10, "reading": 0.0, "computing": 0.0001},
+    }
+    lines = kernel_lines({"steps": 2, "kernels": kernels}, work)
 
-    assert lines[1].split() == ["4,000.0", "80.0%", "32.0", "_linear"]
-    [products] = [line.split() for line in lines if line.startswith("matmul")]
-    assert products == ["matmul", "4,000.0", "80.0%", "16,000.0", "4,000", "91%"]
+    assert lines[1].split() == ["4,000.0", "72.7%", "32.0", "_linear"]
+    by_kind = {line.split()[0]: line.split()[1:] for line in lines[-3:]}
+    assert by_kind == {
+        "matmul": ["4,000.0", "72.7%", "16,000", "4,000", "91%", "1,000", "250.0", "32%"],
+        "attention": ["500.0", "9.1%", "-", "-", "-", "25.00", "50.00", "20%"],
+        "other": ["1,000.0", "18.2%", *["-"] * 6],
+    }
