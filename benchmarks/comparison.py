@@ -240,18 +240,19 @@ class Comparison:
         self._add(case, model, figures)
 
     def _round(self, runner: _Runner, measure: Measure, case: Case, model: dict[str, Any], number: int) -> Timeline:
-        prompts = self._prompts(case, model, number)
         time.sleep(case.pause)
-        return Timeline(**runner.ask(measure.task, prompts=prompts, output_tokens=case.output_tokens))
+        return Timeline(**runner.ask(measure.task, **self._load(case, model, number)))
 
-    def _prompts(self, case: Case, model: dict[str, Any], number: int) -> dict[str, int]:
-        """How to make them; new ones each round, so that no cache spares anybody what the others have to do."""
-        return {
+    def _load(self, case: Case, model: dict[str, Any], number: int) -> dict[str, Any]:
+        """How many tokens to generate, how they are drawn, and how to make prompts: new ones each round, so that no cache
+        spares anybody what the others have to do."""
+        prompts = {
             "count": case.batch,
             "length": case.prompt_tokens,
             "vocab_size": model["vocab_size"],
             "seed": self._seed + 1 + number,
         }
+        return {"prompts": prompts, "output_tokens": case.output_tokens, "sampling": case.sampling}
 
     def _profile(self, case: Case, model: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         runner, measure = self._runners[0], MEASURES[case.measure]
@@ -261,8 +262,7 @@ class Comparison:
             found: dict[str, Any] = runner.ask(
                 "profile",
                 task=measure.task,
-                prompts=self._prompts(case, model, 0),
-                output_tokens=case.output_tokens,
+                load=self._load(case, model, 0),
                 decoding=case.measure == "decode",
                 trace=str(path.absolute()),
             )
@@ -285,6 +285,7 @@ class Comparison:
         least = self._surveyor.ask("least", case=asdict(case), **self._rates())
         load = {"batch": case.batch, "prompt_tokens": case.prompt_tokens}
         load |= {} if measure.task == "encode" else {"output_tokens": case.output_tokens}
+        known = self._report.known(case.measure, case.source.shape, dtype, case.source.quantize, **load)
         row = Row(
             measure=case.measure,
             title=measure.title,
@@ -293,10 +294,10 @@ class Comparison:
             model=case.source.name,
             dtype=dtype,
             quantize=case.source.quantize,
-            case=load,
+            case=load | case.sampling,
             figures=figures,
             limit=measure.figure(case, least),
-            **self._report.known(case.measure, case.source.shape, dtype, case.source.quantize, **load),
+            **({} if case.sampling else known),  # published figures are greedy
         )
         self._report.add(row)
         said = ", ".join(f"{name} {_said(figure)}" for name, figure in figures.items())

@@ -1,4 +1,4 @@
-"""Milliseconds from one decode step to the next, all sequences decoding, greedy: the median over the run.
+"""Milliseconds from one decode step to the next, all sequences decoding: the median over the run.
 
 Time between steps, not within one: an engine that runs ahead of the host returns the tokens of the step before. The
 floor reads all weights and the keys and values of a context that grows from the prompt to prompt and output.

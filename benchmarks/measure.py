@@ -28,6 +28,8 @@ class Case:
         rounds: that are timed.
         alone: whether ours is measured without its peers.
         pause: seconds that nothing happens before each round.
+        temperature: 0 takes the likeliest tokens.
+        top_p: share of the probability that tokens are drawn from, where they are drawn.
     """
 
     measure: str
@@ -38,6 +40,13 @@ class Case:
     rounds: int = 1
     alone: bool = False
     pause: float = 0.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """How tokens are drawn, as a subject takes it; nothing if the likeliest are taken."""
+        return {"temperature": self.temperature, "top_p": self.top_p} if self.temperature else {}
 
     @property
     def length(self) -> int:

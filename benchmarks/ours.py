@@ -46,13 +46,19 @@ class Headrace:
         return {"load_s": loaded - started, "warm_up_s": time.perf_counter() - loaded}
 
     def generate(
-        self, prompts: list[list[int]], output_tokens: int, *, on_decode: Callable[[], None] | None = None
+        self,
+        prompts: list[list[int]],
+        output_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        on_decode: Callable[[], None] | None = None,
     ) -> Timeline:
         """As a leader would: all requests at once, then step after step."""
         from headrace.messages import Assignment, pack_tokens
 
         engine, batch = self._engine, len(prompts)
-        sampling = {"temperature": 0.0, "max_tokens": output_tokens, "ignore_eos": True}
+        sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": output_tokens, "ignore_eos": True}
         waiting = []
         for prompt in prompts:
             request = os.urandom(16)

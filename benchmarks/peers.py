@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["VLLM", "CompiledTransformers", "DeepSpeed", "Transformers"]
 
+_GREEDY = {"do_sample": False}
+
 
 class Transformers:
     """`generate` and the plain call, eager."""
@@ -50,7 +52,13 @@ class Transformers:
         return {"version": importlib.metadata.version(self.package), "load_s": time.perf_counter() - started}
 
     def generate(
-        self, prompts: list[list[int]], output_tokens: int, *, on_decode: Callable[[], None] | None = None
+        self,
+        prompts: list[list[int]],
+        output_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        on_decode: Callable[[], None] | None = None,
     ) -> Timeline:
         """As its users do, with a streamer that only looks at the time."""
         import torch
@@ -63,7 +71,7 @@ class Transformers:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=output_tokens,
             min_new_tokens=output_tokens,
-            do_sample=False,
+            **_drawn(temperature, top_p),
             repetition_penalty=1.0,
             pad_token_id=0,
             streamer=clock,
@@ -130,6 +138,11 @@ def _check(package: str, source: Source, schemes: Sequence[str]) -> None:
         )
 
 
+def _drawn(temperature: float, top_p: float) -> dict[str, Any]:
+    """How transformers is told to draw tokens; it would keep the fifty likeliest if it were not told otherwise."""
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else _GREEDY
+
+
 class _Clock:
     """A streamer of transformers that only looks at the time when tokens come."""
 
@@ -192,22 +205,32 @@ class VLLM:
         return {"version": importlib.metadata.version("vllm"), "load_s": time.perf_counter() - started}
 
     def generate(
-        self, prompts: list[list[int]], output_tokens: int, *, on_decode: Callable[[], None] | None = None
+        self,
+        prompts: list[list[int]],
+        output_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        on_decode: Callable[[], None] | None = None,
     ) -> Timeline:
         """All requests at once, then step after step."""
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
-        sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(
+            temperature=temperature, top_p=top_p, max_tokens=output_tokens, ignore_eos=True, detokenize=False
+        )
         started = time.perf_counter()
         for prompt in prompts:
             self._requests += 1
             engine.add_request(str(self._requests), {"prompt_token_ids": prompt}, sampling)
         begun: set[str] = set()
+        ended: list[Any] = []
         first, gaps, before = 0.0, [], None
         while engine.has_unfinished_requests():
             outputs = engine.step()
             now = time.perf_counter()
+            ended += [output for output in outputs if output.finished]
             if len(begun) < len(prompts):
                 begun.update(output.request_id for output in outputs)
                 first = now - started
@@ -220,7 +243,10 @@ class VLLM:
                 before = now
             else:
                 before = None
-        return Timeline(total=time.perf_counter() - started, first=first, gaps=gaps)
+        total = time.perf_counter() - started
+        counts = [len(output.outputs[0].token_ids) for output in ended]
+        assert counts == [output_tokens] * len(prompts), f"{counts} tokens instead of {output_tokens} each"
+        return Timeline(total=total, first=first, gaps=gaps)
 
     def encode(self, texts: list[list[int]]) -> Timeline:
         """Never asked for: encoders are not loaded."""

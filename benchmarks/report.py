@@ -25,6 +25,8 @@ _CASE = {
     "rate": "req/s",
     "prompt_tokens": "prompt",
     "output_tokens": "output",
+    "temperature": "temp",
+    "top_p": "top-p",
 }
 
 
@@ -40,7 +42,7 @@ class Row:
         model: name of the shape or model.
         dtype: of its weights, and of keys and values.
         quantize: int8 or fp8, in which the weights of its layers are kept instead; None if they are not.
-        case: the load: batch, prompt_tokens, output_tokens, requests, rate.
+        case: the load: batch, prompt_tokens, output_tokens, requests, rate; temperature and top_p if tokens are drawn.
         figures: by subject: `value` and more, or `error`.
         limit: what no implementation can do better, in the unit.
         goal: of ours, on the device that was measured.

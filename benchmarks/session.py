@@ -66,8 +66,12 @@ class Settings:
         """From the values of the command's options.
 
         Raises:
-            ConfigError: there is no such model, or a folder cannot be made.
+            ConfigError: there is no such model, a folder cannot be made, or settings do not go together.
         """
+        if values.get("top_p", 1.0) != 1.0 and not values["temperature"]:
+            raise ConfigError(
+                "--top-p is of use only where tokens are drawn; give a --temperature, too.", param="top_p"
+            )
         asked = {name: values[name] for name in ("dtype", "layers", "quantize")}
         for name in ("plots", "profile"):
             if values.get(name) is not None:

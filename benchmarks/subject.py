@@ -1,7 +1,8 @@
 """Who is measured: a subject loads one model at a time, and generates or reads a batch as often as it is asked.
 
 Each runs in a process of its own (`run_subject`), so that what a peer breaks or how much memory it takes costs one row.
-All get the same prompts, greedy sampling and as many tokens as were asked for, whatever they mean.
+All get the same prompts, the same sampling (greedy unless a case says otherwise) and as many tokens as were asked for,
+whatever they mean.
 """
 
 from __future__ import annotations
@@ -82,7 +83,13 @@ class Subject(Protocol):
         """Get a model ready; facts about it."""
 
     def generate(
-        self, prompts: list[list[int]], output_tokens: int, *, on_decode: Callable[[], None] | None = None
+        self,
+        prompts: list[list[int]],
+        output_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        on_decode: Callable[[], None] | None = None,
     ) -> Timeline:
         """Continue prompts, all at once; `on_decode` is called when all sequences have their first token."""
 
@@ -122,27 +129,25 @@ class _Orders:
     def load(self, source: dict[str, Any], room: dict[str, Any]) -> dict[str, Any]:
         return self._subject.load(Source(**source), Room(**room))
 
-    def generate(self, prompts: dict[str, int], output_tokens: int) -> dict[str, Any]:
-        return self._subject.generate(_made(prompts), output_tokens).to_wire()
+    def generate(self, prompts: dict[str, int], output_tokens: int, sampling: dict[str, float]) -> dict[str, Any]:
+        return self._subject.generate(_made(prompts), output_tokens, **sampling).to_wire()
 
-    def encode(self, prompts: dict[str, int], output_tokens: int) -> dict[str, Any]:
+    def encode(self, prompts: dict[str, int], output_tokens: int, sampling: dict[str, float]) -> dict[str, Any]:
         return self._subject.encode(_made(prompts)).to_wire()
 
-    def profile(
-        self, task: str, prompts: dict[str, int], output_tokens: int, decoding: bool, trace: str | None
-    ) -> dict[str, Any]:
+    def profile(self, task: str, load: dict[str, Any], decoding: bool, trace: str | None) -> dict[str, Any]:
         from headrace.benchmarks.traces import traced
 
-        texts, subject = _made(prompts), self._subject
+        texts, subject = _made(load["prompts"]), self._subject
 
         def run(begin: Callable[[], None]) -> int:
             if decoding:
-                return len(subject.generate(texts, output_tokens, on_decode=begin).gaps)
+                return len(subject.generate(texts, load["output_tokens"], on_decode=begin, **load["sampling"]).gaps)
             begin()
             if task == "encode":
                 subject.encode(texts)
             else:
-                subject.generate(texts, output_tokens)
+                subject.generate(texts, load["output_tokens"], **load["sampling"])
             return 1
 
         return traced(run, trace, gpu=self._gpu)

@@ -69,7 +69,17 @@ def kernel_lines(found: Mapping[str, Any], work: Mapping[str, Mapping[str, float
     steps, kernels = max(1, found["steps"]), found["kernels"]
     total = sum(kernel["ms"] for kernel in kernels) or 1.0
     lines = _listed(kernels, steps, total)
-    heads = ["kind", "us per step", "share", "MB per step", "GB/s", "of the device's", "GFLOP per step", "TFLOP/s", "of the device's"]
+    heads = [
+        "kind",
+        "us per step",
+        "share",
+        "MB per step",
+        "GB/s",
+        "of the device's",
+        "GFLOP per step",
+        "TFLOP/s",
+        "of the device's",
+    ]
     rows = []
     for kind in (*_KINDS, "other"):
         ms = sum(kernel["ms"] for kernel in kernels if kind_of(kernel["name"]) == kind) / steps

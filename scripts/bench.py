@@ -42,11 +42,11 @@ def bench() -> None:
     short_help="Time from one token to the next.",
 )
 @common_options()
-@case_options(batch=1, prompt=128, output=64)
+@case_options(batch=1, prompt=128, output=64, sampling=True)
 @peer_options
 @profile_option
 def decode(**values: Any) -> None:
-    """Measure decode steps: all sequences generate, greedily; the figure is the median time from step to step.
+    """Measure decode steps: all sequences generate; the figure is the median time from step to step.
 
     The floor is what must be read in a step (weights, head, keys and values) at the rate at which this device reads.
     """
@@ -378,6 +378,8 @@ def _measure(name: str, values: dict[str, Any], *, rounds: int) -> None:
                 prompt_tokens=values["prompt_tokens"],
                 output_tokens=values["output_tokens"],
                 rounds=rounds,
+                temperature=values.get("temperature", 0.0),
+                top_p=values.get("top_p", 1.0),
             )
             for source in session.settings.sources
             for batch in dict.fromkeys(values["batches"])

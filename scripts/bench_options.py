@@ -190,8 +190,27 @@ def _lengths(prompt: int, output: int | None) -> list[_Decorator]:
     return lengths
 
 
-def case_options(*, batch: int, prompt: int, output: int | None) -> _Decorator:
-    """Batches, and lengths."""
+_SAMPLING = (
+    option(
+        "--temperature",
+        heading="Load",
+        type=click.FloatRange(0, 100),
+        default=0.0,
+        help="Draw tokens so, ours and the peers'; 0 takes the likeliest.",
+    ),
+    option(
+        "--top-p",
+        heading="Load",
+        metavar="SHARE",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=1.0,
+        help="Draw them from the likeliest that have this share of the probability together.",
+    ),
+)
+
+
+def case_options(*, batch: int, prompt: int, output: int | None, sampling: bool = False) -> _Decorator:
+    """Batches, and lengths; how tokens are drawn, if that can be said."""
     batches = option(
         "--batch",
         "batches",
@@ -202,7 +221,7 @@ def case_options(*, batch: int, prompt: int, output: int | None) -> _Decorator:
         default=(batch,),
         help="Sequences at once; may be repeated.",
     )
-    return _all(batches, *_lengths(prompt, output))
+    return _all(batches, *_lengths(prompt, output), *(_SAMPLING if sampling else ()))
 
 
 def requests_options(*, requests: int, prompt: int, output: int) -> _Decorator:

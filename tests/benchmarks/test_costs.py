@@ -9,6 +9,7 @@ import torch
 
 from headrace.benchmarks.costs import Ceilings, Cost, Costs, num_parameters
 from headrace.benchmarks.decode import DECODE
+from headrace.benchmarks.latency import LATENCY
 from headrace.benchmarks.measure import Case
 from headrace.benchmarks.models import config_of, spec_of
 from headrace.benchmarks.prefill import PREFILL
@@ -233,3 +234,37 @@ def test_projections_may_be_of_fp8():
 
 def test_costs_add_up():
     assert Cost(1, 2, 1) + Cost(3, 4, 2) * 2 == Cost(7, 10, 5)
+
+
+def test_the_part_of_attention_in_a_step():
+    """Keys and values of 2 x 100 tokens of 32 layers with 8 heads of 128 numbers; four operations with 32 heads."""
+    model = costs("llama-8b")
+    cost, bare = model.step(2, 100), model.step(2, 0)
+
+    assert cost.attention.bytes == 2 * 100 * 32 * (2 * 8 * 128) * 2
+    assert cost.attention.flops == 2 * 100 * 32 * (4 * 32 * 128)
+    assert (cost.matmul.bytes, cost.matmul.flops) == (bare.bytes, bare.flops)
+    assert cost.attention.bytes + cost.matmul.bytes == cost.bytes
+    assert cost.attention.flops + cost.matmul.flops == cost.flops
+
+
+def test_the_part_of_attention_in_a_prompt():
+    """Half of the square in all layers but the last, where one token sees all; its keys and values are not read."""
+    cost = costs("llama-8b").prompts(1, 1000)
+
+    assert cost.attention.flops == 4 * 32 * 128 * (31 * 1000 * 1000 / 2 + 1000)
+    assert cost.attention.bytes == 0
+    assert cost.matmul.flops == pytest.approx(2 * 1000 * 31 * 218_112_000, rel=0.02)  # parameters of a layer
+
+
+def test_the_part_of_attention_in_a_whole_answer():
+    """Parts of prompt and steps add up, whatever the model."""
+    for name in ("llama-8b", "t5-3b"):
+        case = Case(measure="latency", source=source(name), batch=2, prompt_tokens=50, output_tokens=9)
+        parts = LATENCY.cost(costs(name), case)
+        whole = sum(parts, Cost())
+
+        assert whole.attention.flops == pytest.approx(sum(part.attention.flops for part in parts))
+        assert whole.attention.bytes == pytest.approx(sum(part.attention.bytes for part in parts))
+        assert 0 < whole.attention.bytes < whole.bytes
+        assert whole.matmul.projected == whole.projected

@@ -75,6 +75,47 @@ def test_the_others(bench, words, unit, details):
     assert 0 < limit < value if unit == "ms" else 0 < value < limit
 
 
+def test_tokens_that_are_drawn(bench):
+    """By ours and by a peer; the row says how."""
+    done = bench("decode --shape tiny --prompt-tokens 9 --output-tokens 6 --temperature 0.8 --top-p 0.9")
+
+    [row] = done.rows
+    assert row["case"] == {"batch": 1, "prompt_tokens": 9, "output_tokens": 6, "temperature": 0.8, "top_p": 0.9}
+    assert row["figures"]["headrace"]["value"] > 0
+    assert row["figures"]["transformers"]["value"] > 0
+    [line] = [line for line in done.output.splitlines() if line.startswith("tiny ")]
+    assert line.split()[:7] == ["tiny", "float32", "1", "9", "6", "0.8", "0.9"]
+
+
+def test_a_profile_of_prompts(bench, tmp_path):
+    """Of the whole run; how much is computed is known of products and of attention."""
+    done = bench(f"prefill --shape tiny --prompt-tokens 40 --rounds 1 --no-peers --profile {tmp_path}")
+
+    kinds = {line.split()[0]: line.split()[1:] for line in done.output.splitlines() if line.count("%") > 1}
+    assert {"matmul", "attention"} <= set(kinds)
+    # Of two layers of four heads of 16 numbers, one sees half of the square and the other one row.
+    assert float(kinds["attention"][5]) == pytest.approx(4 * 4 * 16 * (800 + 40) / 1e9, rel=0.01)
+
+
+def test_a_profile_looks_at_the_device_that_is_measured(monkeypatch):
+    """On a machine with a GPU, a CPU's run has no kernels of the GPU."""
+    import torch
+
+    from headrace.benchmarks.traces import traced
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    values = torch.ones(8, 8)
+
+    def run(begin):
+        begin()
+        values @ values
+        return 1
+
+    found = traced(run, None, torch.device("cpu"))
+
+    assert "aten::mm" in {kernel["name"] for kernel in found["kernels"]}
+
+
 def test_a_model_with_weights(bench, tmp_path):
     """A folder: its own weights, dtype and name; no graphs for ours."""
     folder = tmp_path / "mine"
@@ -115,6 +156,7 @@ def test_what_does_not_fit_costs_its_row(bench):
         ("decode --shape no-such-model/", "no-such-model/"),
         ("decode --shape tiny-bert", "tiny-bert is an encoder"),
         ("encode --shape tiny", "tiny generates"),
+        ("decode --shape tiny --top-p 0.9", "give a --temperature"),
         ("decode --shape tiny --device cuda:99", "device is 'cuda:99'"),
         ("decode --shape tiny --json no/such/folder.json", "There is no folder"),
         ("plot setup.py", "is no file that `headrace bench --json`"),

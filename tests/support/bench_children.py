@@ -46,7 +46,7 @@ def fake_subject(*, name: str, device: str, threads: int) -> None:
             raise MemoryError("12 GB are missing")
         return {}
 
-    def generate(prompts: dict[str, int], output_tokens: int) -> dict[str, Any]:
+    def generate(prompts: dict[str, int], output_tokens: int, sampling: dict[str, float]) -> dict[str, Any]:
         if name == "vllm" and prompts["count"] == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "vllm" and prompts["count"] == 3:
