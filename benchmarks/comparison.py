@@ -244,8 +244,10 @@ class Comparison:
         return Timeline(**runner.ask(measure.task, **self._load(case, model, number)))
 
     def _load(self, case: Case, model: dict[str, Any], number: int) -> dict[str, Any]:
-        """How many tokens to generate, how they are drawn, and how to make prompts: new ones each round, so that no cache
-        spares anybody what the others have to do."""
+        """How many tokens to generate, how they are drawn, and how to make prompts.
+
+        These are new ones each round, so that no cache spares anybody what the others have to do.
+        """
         prompts = {
             "count": case.batch,
             "length": case.prompt_tokens,

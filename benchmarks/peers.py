@@ -177,9 +177,10 @@ class VLLM:
                 to run without a GPU.
         """
         _check("vLLM", source, ("fp8",))
-        self._check_measured(source)
         import torch
         from vllm import LLM
+
+        self._check_measured(source)
 
         started = time.perf_counter()
         folder, load_format = source.folder, "auto"

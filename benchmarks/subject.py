@@ -129,10 +129,10 @@ class _Orders:
     def load(self, source: dict[str, Any], room: dict[str, Any]) -> dict[str, Any]:
         return self._subject.load(Source(**source), Room(**room))
 
-    def generate(self, prompts: dict[str, int], output_tokens: int, sampling: dict[str, float]) -> dict[str, Any]:
+    def generate(self, prompts: dict[str, int], output_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
         return self._subject.generate(_made(prompts), output_tokens, **sampling).to_wire()
 
-    def encode(self, prompts: dict[str, int], output_tokens: int, sampling: dict[str, float]) -> dict[str, Any]:
+    def encode(self, prompts: dict[str, int], output_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
         return self._subject.encode(_made(prompts)).to_wire()
 
     def profile(self, task: str, load: dict[str, Any], decoding: bool, trace: str | None) -> dict[str, Any]:

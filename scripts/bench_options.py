@@ -194,6 +194,7 @@ _SAMPLING = (
     option(
         "--temperature",
         heading="Load",
+        metavar="VALUE",
         type=click.FloatRange(0, 100),
         default=0.0,
         help="Draw tokens so, ours and the peers'; 0 takes the likeliest.",

@@ -89,12 +89,12 @@ def test_tokens_that_are_drawn(bench):
 
 def test_a_profile_of_prompts(bench, tmp_path):
     """Of the whole run; how much is computed is known of products and of attention."""
-    done = bench(f"prefill --shape tiny --prompt-tokens 40 --rounds 1 --no-peers --profile {tmp_path}")
+    done = bench(f"prefill --shape tiny --prompt-tokens 400 --rounds 1 --no-peers --profile {tmp_path}")
 
     kinds = {line.split()[0]: line.split()[1:] for line in done.output.splitlines() if line.count("%") > 1}
     assert {"matmul", "attention"} <= set(kinds)
     # Of two layers of four heads of 16 numbers, one sees half of the square and the other one row.
-    assert float(kinds["attention"][5]) == pytest.approx(4 * 4 * 16 * (800 + 40) / 1e9, rel=0.01)
+    assert float(kinds["attention"][5]) == pytest.approx(4 * 4 * 16 * (80_000 + 400) / 1e9, abs=0.001)
 
 
 def test_a_profile_looks_at_the_device_that_is_measured(monkeypatch):

@@ -312,6 +312,6 @@ class TestVLLM:
         ("device", "shape", "why"), [("cpu", "tiny", "on GPUs only"), ("cuda", "tiny-bert", "generate only")]
     )
     def test_what_is_refused_before_it_starts(self, monkeypatch, device, shape, why):
-        monkeypatch.setitem(sys.modules, "vllm", None)  # to import it would fail
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=None))  # it cannot be made
         with pytest.raises(UnsupportedModelError, match=why):
             VLLM(torch.device(device)).load(find_source(shape), ROOM)
