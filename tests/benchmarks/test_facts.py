@@ -61,5 +61,6 @@ def test_a_profile_on_a_cpu_is_of_the_cpu_even_where_there_is_a_gpu(monkeypatch)
 
     orders = _Orders(SimpleNamespace(encode=encode), gpu=False)
     prompts = {"count": 1, "length": 1, "vocab_size": 5, "seed": 0}
-    found = orders.profile("encode", prompts, 0, decoding=False, trace=None)
+    load = {"prompts": prompts, "output_tokens": 0, "sampling": {}}
+    found = orders.profile("encode", load, decoding=False, trace=None)
     assert any("mm" in kernel["name"] and kernel["ms"] > 0 for kernel in found["kernels"])

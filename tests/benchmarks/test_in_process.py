@@ -97,25 +97,6 @@ def test_a_profile_of_prompts(bench, tmp_path):
     assert float(kinds["attention"][5]) == pytest.approx(4 * 4 * 16 * (80_000 + 400) / 1e9, abs=0.001)
 
 
-def test_a_profile_looks_at_the_device_that_is_measured(monkeypatch):
-    """On a machine with a GPU, a CPU's run has no kernels of the GPU."""
-    import torch
-
-    from headrace.benchmarks.traces import traced
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    values = torch.ones(8, 8)
-
-    def run(begin):
-        begin()
-        values @ values
-        return 1
-
-    found = traced(run, None, torch.device("cpu"))
-
-    assert "aten::mm" in {kernel["name"] for kernel in found["kernels"]}
-
-
 def test_a_model_with_weights(bench, tmp_path):
     """A folder: its own weights, dtype and name; no graphs for ours."""
     folder = tmp_path / "mine"

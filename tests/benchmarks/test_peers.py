@@ -5,7 +5,6 @@ The fakes know what DeepSpeed 0.19 and vLLM 0.26 offer of what we use, and refus
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import sys
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headrace.benchmarks import peers, subject
+from headrace.benchmarks import peers
 from headrace.benchmarks.models import random_module
 from headrace.benchmarks.peers import VLLM, DeepSpeed, Transformers
 from headrace.benchmarks.session import Settings
@@ -37,50 +36,9 @@ def versions(monkeypatch):
     monkeypatch.setattr(peers, "importlib", SimpleNamespace(metadata=SimpleNamespace(version=lambda name: f"{name} 1")))
 
 
-class TestDefaults:
-    """Who is measured where nobody is named."""
-
-    VALUES = dict.fromkeys(
-        ["dtype", "layers", "quantize", "plots", "read_gb_s", "matmul_tflop_s", "json_path", "threads"]
-    ) | {"shapes": (), "device": "cpu", "seed": 0, "enforce_eager": False, "max_num_batched_tokens": 1}
-
-    @pytest.fixture
-    def installed(self, monkeypatch):
-        """Sets which packages are."""
-
-        def set_installed(*names):
-            monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in names else None)
-
-        return set_installed
-
-    def peers(self, **values):
-        return Settings.of(self.VALUES | values).peers
-
-    @pytest.mark.parametrize("others", [(), ("vllm",), ("deepspeed",), ("deepspeed", "vllm")])
-    def test_those_installed(self, installed, others):
-        installed("transformers", *others)
-
-        assert self.peers(peers=(), no_peers=False) == ("transformers", *others)
-
-    def test_those_named_alone(self, installed):
-        installed("transformers", "deepspeed", "vllm")
-
-        assert self.peers(peers=("headrace-eager",), no_peers=False) == ("headrace-eager",)
-
-    def test_nobody(self, installed):
-        """If that is asked for, or the command has no peers."""
-        installed("transformers", "deepspeed", "vllm")
-
-        assert self.peers(peers=(), no_peers=True) == self.peers() == ()
-
-    def test_they_are_subjects(self, installed):
-        installed("deepspeed", "vllm")
-
-        assert set(subject.default_peers()) <= set(subject.SUBJECTS)
-
-    def test_a_share_of_the_probability_needs_a_temperature(self):
-        with pytest.raises(ConfigError, match="--temperature"):
-            self.peers(temperature=0.0, top_p=0.5)
+def test_a_share_of_the_probability_needs_a_temperature():
+    with pytest.raises(ConfigError, match="--temperature"):
+        Settings.of({"temperature": 0.0, "top_p": 0.5})
 
 
 class TestTransformers:
