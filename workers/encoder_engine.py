@@ -2,16 +2,19 @@
 
 To a leader it is an engine like the one that generates (`headrace.workers.engine`), and obeys the same laws. A step
 reads whole texts, the oldest first, as many as the budget of tokens allows; each ends in the step that reads it, with
-the reason "length": all of its items were sent. There is no cache: between steps nothing is held but the queue.
+the reason "length": all of its items were sent. There is no cache: between steps nothing is held but the queue, and on
+a GPU the batch that was launched last, for there the next one is launched before its vectors are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from array import array
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.card import ModelCard
 from headrace.errors import DeadlineExceededError, HeadraceError, InternalError, InvalidRequestError
@@ -20,7 +23,8 @@ from headrace.sampling import SamplingParams
 from headrace.tasks import EMBED, FILL_MASK, PoolingParams
 from headrace.workers.compilations import compilations
 from headrace.workers.config import EngineConfig
-from headrace.workers.encoder_runner import EncoderRunner, Items, Text
+from headrace.workers.encoder_results import Items, Results, Text
+from headrace.workers.encoder_runner import EncoderRunner
 from headrace.workers.engine import StepResult
 from headrace.workers.served import model_len
 from headrace.workers.token_checks import largest_id
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from headrace.kernels.model import Model
 
 __all__ = ["EncoderEngine"]
+
+logger = logging.getLogger(__name__)
 
 _ITEM_BYTES = 4
 
@@ -42,6 +48,13 @@ class _Waiting:
     text: Text
     sent: int
     deadline: float | None
+
+
+class _Launched(NamedTuple):
+    """A batch on its way: its streams, and what comes of them."""
+
+    batch: list[_Waiting]
+    results: Results
 
 
 class EncoderEngine:
@@ -68,8 +81,12 @@ class EncoderEngine:
         self._runner = EncoderRunner(
             model, max_tokens=self._step_tokens, max_texts=self.max_num_seqs, max_model_len=max_model_len
         )
-        self._queue: dict[tuple[bytes, int], _Waiting] = {}  # in order of arrival
+        # In order of arrival; a stream whose text was launched stays until its items are sent.
+        self._queue: dict[tuple[bytes, int], _Waiting] = {}
         self._pending = StepResult()  # ends found outside of a step
+        self._launched: deque[_Launched] = deque()  # batches whose results were not read yet
+        ahead = self._runner.on_gpu if config.async_scheduling is None else config.async_scheduling
+        self._most_launched = int(ahead)  # between two calls
         self._steps = 0
         self._prompt_tokens = 0
         self._compiled = compilations()  # before it was ready
@@ -111,7 +128,7 @@ class EncoderEngine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._queue or self._pending.finishes)
+        return bool(self._queue or self._pending.finishes or self._launched)
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -121,27 +138,56 @@ class EncoderEngine:
         return self._steps
 
     def step(self, now: float) -> StepResult:
-        """Compute one step; returns at once if there is nothing to do."""
+        """Launch one batch and send what came of the one before, or of itself; returns at once if there is nothing to
+        do.
+
+        Raises:
+            Exception: a batch could not be computed. Its texts wait again, and what else was launched is read later.
+        """
         result, self._pending = self._pending, StepResult()
-        for waiting in [w for w in self._queue.values() if w.deadline is not None and now >= w.deadline]:
-            self._refuse(waiting, _too_late(waiting), result)
-        batch = self._next()
+        for waiting in self._unread():
+            if waiting.deadline is not None and now >= waiting.deadline:
+                self._refuse(waiting, _too_late(waiting), result)
+        launched = self._launch(self._next())
+        while len(self._launched) > (self._most_launched if launched else 0):
+            self._read(result)
+        return result
+
+    def _launch(self, batch: list[_Waiting]) -> bool:
+        """Start to compute a batch, if there is one; whether it was started."""
         if not batch:
-            return result
-        items = self._runner.run([waiting.text for waiting in batch])
+            return False
+        try:
+            results = self._runner.launch([waiting.text for waiting in batch])
+        except Exception as error:
+            if not self._launched:
+                raise
+            # It must not cost the batch that is on its way. Alone this one is tried again, which may have lacked only
+            # memory; an error then is told.
+            logger.warning("A batch could not be launched behind another (%r); it is tried again alone.", error)
+            return False
+        self._launched.append(_Launched(batch, results))
+        return True
+
+    def _read(self, result: StepResult) -> None:
+        """Send what came of the oldest batch that was launched; this waits for it."""
+        batch, results = self._launched.popleft()
+        items = results.read()
         self._steps += 1
         for waiting, made in zip(batch, items, strict=True):
             self._prompt_tokens += len(waiting.text.tokens)
+            # A stream may have been dropped since the batch was launched, or another attempt have taken its place.
+            if self._queue.get(_key(waiting)) is not waiting:
+                continue
             if made is None:
                 self._refuse(waiting, _not_numbers(waiting), result)
             else:
                 self._send(waiting, made, result)
-        return result
 
     def warm_up(self, told: Callable[[str], None] = lambda phase: None) -> None:
         """Compute texts of many lengths on a GPU, and the longest there can be anywhere, so that the first request
         finds everything in place; `told` hears "kernels"."""
-        assert not self._queue, "warm up before taking texts on"
+        assert not self.has_work, "warm up before taking texts on"
         told("kernels")
         if self._runner.on_gpu:
             self._runner.compile_ahead(self._rehearse)
@@ -160,15 +206,15 @@ class EncoderEngine:
         longest = self.card.max_model_len
         tokens = array("I", (index % self.card.vocab_size for index in range(longest)))
         for length in lengths_up_to(longest) if self._runner.on_gpu else (longest,):
-            self._runner.run([Text(tokens=tokens[:length], pooling=PoolingParams())])
+            self._runner.launch([Text(tokens=tokens[:length], pooling=PoolingParams())]).read()
         if self._runner.on_gpu:
             many = min(self.max_num_seqs, self._step_tokens // longest)  # more tokens than one text can have
-            self._runner.run([Text(tokens=tokens, pooling=PoolingParams())] * many)
+            self._runner.launch([Text(tokens=tokens, pooling=PoolingParams())] * many).read()
             for pooling in ("cls", "mean"):
                 text = Text(tokens=tokens[:7], pooling=PoolingParams(pooling=pooling, dimensions=1, normalize=True))
-                self._runner.run([text] * min(3, self.max_num_seqs))
+                self._runner.launch([text] * min(3, self.max_num_seqs)).read()
         if FILL_MASK in self.card.tasks:
-            self._runner.run([Text(tokens=tokens[:1], masks=(0,), top=1)])
+            self._runner.launch([Text(tokens=tokens[:1], masks=(0,), top=1)]).read()
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""
@@ -189,11 +235,16 @@ class EncoderEngine:
 
     # ---------------------------------------------------------------------------------------------------- details
 
+    def _unread(self) -> list[_Waiting]:
+        """Streams whose texts were not launched, in order of arrival."""
+        launched = {id(waiting) for batch, _ in self._launched for waiting in batch}
+        return [waiting for waiting in self._queue.values() if id(waiting) not in launched]
+
     def _next(self) -> list[_Waiting]:
-        """The oldest texts that fit into one step."""
+        """The oldest texts that wait to be read and fit into one step."""
         batch: list[_Waiting] = []
         room = self._step_tokens
-        for waiting in self._queue.values():
+        for waiting in self._unread():
             room -= len(waiting.text.tokens)
             if room < 0 or len(batch) == self.max_num_seqs:
                 break
@@ -247,7 +298,11 @@ class EncoderEngine:
         self._drop(waiting)
 
     def _drop(self, waiting: _Waiting) -> None:
-        del self._queue[waiting.stream.request, waiting.stream.choice]
+        del self._queue[_key(waiting)]
+
+
+def _key(waiting: _Waiting) -> tuple[bytes, int]:
+    return waiting.stream.request, waiting.stream.choice
 
 
 def _finish(waiting: _Waiting, total: int) -> Finish:
