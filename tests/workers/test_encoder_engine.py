@@ -151,7 +151,8 @@ def test_a_step_reads_whole_texts_of_its_budget_in_order(pair, tmp_path):
     steps = []
     while engine.has_work:
         steps.append([run.request[0] for run in engine.step(0.0).runs])
-    assert steps == [[0], [1, 2, 3], [4, 5], [6]]
+    # One batch ahead of the host, the first step sends nothing.
+    assert [sent for sent in steps if sent] == [[0], [1, 2, 3], [4, 5], [6]]
     assert engine.steps == 4
     gauges = {"running": 0, "waiting": 0, "prompt_tokens": sum(lens), "graph_replays": 0, "graphs": 0}
     gauges["compilations"] = 0
@@ -187,7 +188,8 @@ def test_a_text_past_its_deadline_is_refused(pair):
     engine.add(ask(2, TEXTS[0], budget_ms=5000), 10.0)
     result = engine.step(10.5)
     assert [from_wire(refusal.error).code for refusal in result.refusals] == ["deadline_exceeded"]
-    assert [run.request[0] for run in result.runs] == [2]
+    runs = [*result.runs, *engine.step(10.6).runs]  # one batch ahead of the host, it only starts at first
+    assert [run.request[0] for run in runs] == [2]
     assert not engine.has_work
 
 
