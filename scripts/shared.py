@@ -132,7 +132,7 @@ _ENGINE = (
         "--async-scheduling/--no-async-scheduling",
         heading="Workers",
         default=None,
-        help="Launch each step before the tokens of the last one are read. Default: on a GPU.",
+        help="Launch each step before the tokens, or vectors, of the last one are read. Default: on a GPU.",
     ),
     # For tests and for engines of one's own; says `module:function`, called as load_engine is.
     option("--engine", heading="Workers", default="headrace.workers.engines:load_engine", hidden=True),

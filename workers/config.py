@@ -28,7 +28,8 @@ class EngineConfig:
         prefix_cache: whether sequences share the KV of equal beginnings.
         dtype: of weights and KV; "auto" takes the checkpoint's.
         quantize: int8 or fp8, in which the weights of layers are kept instead; None keeps them in `dtype`.
-        async_scheduling: whether a step is launched before the tokens of the last one are read; None does so on a GPU.
+        async_scheduling: whether a step is launched before the tokens, or vectors, of the last one are read; None
+            does so on a GPU.
         cuda_graphs: whether what a GPU computes is captured once and replayed, up to some size; a CPU has none.
         device: cpu, cuda or cuda:N; "auto" takes the first GPU if there is one.
 
