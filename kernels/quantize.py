@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headrace.errors import ConfigError
 
-__all__ = ["NARROW", "SCHEMES", "Scheme", "find_scheme", "store"]
+__all__ = ["NARROW", "SCHEMES", "Scheme", "find_scheme", "schemes_of", "store"]
 
 _ROWS = 4096  # of a weight that are held in float32 at a time
 _BITS = {2: torch.int16, 4: torch.int32}  # of a factor, which is not negative, by its bytes
@@ -58,14 +58,19 @@ class Scheme:
             wide.clamp_(-self.largest, self.largest)
             those.copy_(wide if self.dtype.is_floating_point else wide.round_())
 
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether a device computes with it."""
+        return device.type != "cuda" or torch.cuda.get_device_capability(device) >= self.capability
+
     def check(self, device: torch.device) -> None:
         """Refuse what cannot be done.
 
         Raises:
             ConfigError: the device is too old a GPU.
         """
-        if device.type != "cuda" or (found := torch.cuda.get_device_capability(device)) >= self.capability:
+        if self.runs_on(device):
             return
+        found = torch.cuda.get_device_capability(device)
         wanted, has = (".".join(map(str, version)) for version in (self.capability, found))
         raise ConfigError(
             f"quantize is {self.name!r}, which takes a GPU of compute capability {wanted}; "
@@ -112,6 +117,11 @@ def find_scheme(name: str | None, device: torch.device | None = None) -> Scheme 
     if device is not None:
         SCHEMES[name].check(device)
     return SCHEMES[name]
+
+
+def schemes_of(device: torch.device | None) -> list[Scheme]:
+    """Those that a device computes with; all, if it is not known."""
+    return [scheme for scheme in SCHEMES.values() if device is None or scheme.runs_on(device)]
 
 
 def store(rows: Tensor, values: Tensor, scale: Tensor | None) -> None:

@@ -16,7 +16,8 @@ from headrace.kernels.model import Model
 from headrace.workers.config import EngineConfig
 from headrace.workers.dry_run import DryRun
 from headrace.workers.engine import Engine
-from headrace.workers.kv_size import estimated, expected_len
+from headrace.workers.estimate import estimated
+from headrace.workers.kv_size import expected_len
 from headrace.workers.memory import GpuMemory
 from headrace.workers.served import model_len
 

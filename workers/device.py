@@ -45,7 +45,7 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def gpu_memory(device: torch.device, utilization: float) -> GpuMemory:
+def gpu_memory(device: torch.device, utilization: float | None) -> GpuMemory:
     """A GPU's memory, with all that is in use as held; what torch keeps for later is not in use."""
     free, total = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -26,6 +26,7 @@ from headrace.workers.config import EngineConfig
 from headrace.workers.encoder_results import Items, Results, Text
 from headrace.workers.encoder_runner import EncoderRunner
 from headrace.workers.engine import StepResult
+from headrace.workers.graph_memory import GraphMemory, compared
 from headrace.workers.served import model_len
 from headrace.workers.token_checks import largest_id
 from headrace.workers.warmup import lengths_up_to
@@ -69,7 +70,13 @@ class EncoderEngine:
     """
 
     def __init__(
-        self, model: Model, card: ModelCard, config: EngineConfig, *, blobs: dict[str, bytes] | None = None
+        self,
+        model: Model,
+        card: ModelCard,
+        config: EngineConfig,
+        *,
+        blobs: dict[str, bytes] | None = None,
+        graph_memory: GraphMemory | None = None,
     ) -> None:
         max_model_len = model_len(card, config)
         self.card = dataclasses.replace(card, max_model_len=max_model_len)
@@ -81,6 +88,7 @@ class EncoderEngine:
         self._runner = EncoderRunner(
             model, max_tokens=self._step_tokens, max_texts=self.max_num_seqs, max_model_len=max_model_len
         )
+        self._graph_memory = graph_memory  # kept for graphs, to be compared with what they take
         # In order of arrival; a stream whose text was launched stays until its items are sent.
         self._queue: dict[tuple[bytes, int], _Waiting] = {}
         self._pending = StepResult()  # ends found outside of a step
@@ -194,7 +202,8 @@ class EncoderEngine:
         self._compute_examples()
         if self.config.cuda_graphs and self._runner.on_gpu:
             told("graphs")
-            self._runner.capture()
+            with compared(self._graph_memory):
+                self._runner.capture()
         self._compiled = compilations()
 
     def _rehearse(self) -> None:

@@ -24,15 +24,13 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.card import ModelCard
-from headrace.errors import (
-    HeadraceError,
-    InvalidRequestError,
-)
+from headrace.errors import HeadraceError, InvalidRequestError
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, pack_tokens, unpack_tokens
 from headrace.sampling import SamplingParams
 from headrace.tasks import GENERATE
 from headrace.workers.compilations import compilations
 from headrace.workers.config import EngineConfig
+from headrace.workers.graph_memory import GraphMemory, compared
 from headrace.workers.parallel_compile import compiled_ahead
 from headrace.workers.runner import Runner
 from headrace.workers.sampler import Choice, Choices
@@ -70,6 +68,7 @@ class Engine:
         max_model_len: most tokens of a text, for an engine that only rehearses; others may have as many as their cache
             holds.
         rehearsed: the `max_model_len` for which all that warming up needs was compiled ahead.
+        graph_memory: kept for graphs, to be compared with what they take.
 
     Attributes:
         card: describes the model as served, with the context length that the KV cache allows.
@@ -93,6 +92,7 @@ class Engine:
         start_token: int | None = None,
         max_model_len: int | None = None,
         rehearsed: int | None = None,
+        graph_memory: GraphMemory | None = None,
     ) -> None:
         limit = model_len(card, config)
         blocks = num_blocks(model, config, limit)
@@ -102,7 +102,7 @@ class Engine:
         self.config = config
         self.max_num_seqs = config.max_num_seqs
         self.kv_tokens = blocks * config.block_size
-        self._rehearsed = rehearsed
+        self._rehearsed, self._graph_memory = rehearsed, graph_memory
         # What a decoder with an encoder computes depends on more than its own tokens.
         self._scheduler = self._new_scheduler(prefix_cache=config.prefix_cache and model.spec.encoder is None)
         self._runner = Runner(
@@ -221,7 +221,8 @@ class Engine:
             self.compile_examples()
         self._compute_examples(everything=False)
         if self._has_graphs:
-            self._runner.capture()
+            with compared(self._graph_memory):
+                self._runner.capture()
             told("kernels")
         if on_gpu:  # by graphs where there are any, as they will be used
             with self._without_prefixes(), self._runner.briefly():

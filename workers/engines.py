@@ -14,7 +14,7 @@ from headrace.workers.describe import describe
 from headrace.workers.device import pick_device
 from headrace.workers.encoder_engine import EncoderEngine
 from headrace.workers.engine import Engine
-from headrace.workers.kv_size import check_before_loading, with_measured_cache
+from headrace.workers.kv_size import check_before_loading, graph_memory, with_measured_cache
 from headrace.workers.loader import loading
 from headrace.workers.parallel_compile import prepare
 from headrace.workers.served import start_token_of
@@ -66,6 +66,15 @@ def load_engine(
             rehearsed = rehearse(under_way.model, card, config, memory, start_token=start_token)
         model = under_way.finished().model
     if spec.is_encoder:
-        return EncoderEngine(model, card, config, blobs=blobs)
-    config = with_measured_cache(model, card, config, memory, start_token=start_token, compiled=rehearsed.sizing)
-    return Engine(model, card, config, blobs=blobs, start_token=start_token, rehearsed=rehearsed.max_model_len)
+        graphs = graph_memory(model, card, config, memory)
+        return EncoderEngine(model, card, config, blobs=blobs, graph_memory=graphs)
+    sized = with_measured_cache(model, card, config, memory, start_token=start_token, compiled=rehearsed.sizing)
+    return Engine(
+        model,
+        card,
+        sized.config,
+        blobs=blobs,
+        start_token=start_token,
+        rehearsed=rehearsed.max_model_len,
+        graph_memory=sized.graphs,
+    )

@@ -8,6 +8,7 @@ that it compiles are those that serve.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,29 +17,34 @@ from headrace.card import ModelCard
 from headrace.errors import ModelError
 from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
-from headrace.kernels.quantize import find_scheme
 from headrace.kernels.spec import ModelSpec
 from headrace.workers.config import EngineConfig
 from headrace.workers.device import gpu_memory
 from headrace.workers.dry_run import DryRun
-from headrace.workers.encoder_graphs import sizes_of_batches
 from headrace.workers.engine import Engine
-from headrace.workers.graphs import decode_sizes, prompt_sizes
-from headrace.workers.memory import (
-    LEAST_TOKENS,
-    GpuMemory,
-    Needs,
-    check_fits,
-    graph_bytes,
-    kv_blocks,
-    step_bytes,
-)
+from headrace.workers.estimate import estimated, estimated_graphs, quartered, saved_by
+from headrace.workers.fits import check_fits
+from headrace.workers.graph_memory import GraphMemory
+from headrace.workers.memory import LEAST_TOKENS, GpuMemory, Needs, kv_blocks
 from headrace.workers.served import model_len
 
-__all__ = ["check_before_loading", "estimated", "expected_len", "with_measured_cache"]
+__all__ = ["Sized", "check_before_loading", "expected_len", "graph_memory", "with_measured_cache"]
 
 _MARGIN = 1.05  # of what was measured: memory is handed out in pieces
 _CERTAIN = 1.5  # longest texts for which there must seem to be room, so that there is for one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sized:
+    """An engine's share of a GPU, divided.
+
+    Attributes:
+        config: its settings, with the size of the KV cache.
+        graphs: what is kept for its graphs; None if it has none.
+    """
+
+    config: EngineConfig
+    graphs: GraphMemory | None
 
 
 def check_before_loading(
@@ -54,7 +60,7 @@ def check_before_loading(
         return None
     memory = gpu_memory(device, config.gpu_memory_utilization)
     tokens, asked = _least_cache(card, config)
-    needs = estimated(spec, card, config, dtype)
+    needs = estimated(spec, card, config, dtype, device)
     check_fits(memory, needs, name=card.name, tokens=tokens, dtype=card.dtype, asked=asked)
     return memory
 
@@ -76,8 +82,9 @@ def with_measured_cache(
     *,
     start_token: int | None,
     compiled: bool = False,
-) -> EngineConfig:
-    """The settings with the size of the KV cache, where neither they nor a CPU's defaults say it.
+) -> Sized:
+    """The settings with the size of the KV cache, where neither they nor a CPU's defaults say it; and what that leaves
+    for graphs.
 
     Args:
         model: with its weights, on the GPU.
@@ -92,12 +99,10 @@ def with_measured_cache(
         ModelError: it does not fit at all.
     """
     if memory is None or config.kv_tokens is not None:
-        return config
+        return Sized(config=config, graphs=graph_memory(model, card, config, memory))
     length = model_len(card, config)
     model.reserve_positions(length)
-    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
-    assert isinstance(device, torch.device)
-    assert isinstance(dtype, torch.dtype)
+    device, dtype = _device_and_dtype(model)
     try:
         largest = _dry_run(model, card, config, device, start_token, compiled)
     except torch.OutOfMemoryError as error:
@@ -107,18 +112,45 @@ def with_measured_cache(
             param="max_num_batched_tokens",
         ) from error
     now = gpu_memory(device, config.gpu_memory_utilization)
+    workspace = int(largest * _MARGIN)
+    graphs = _graphs(model, config, workspace)
     needs = Needs(
         weights=max(0, now.held - memory.held),  # and tables, and the code of kernels
-        workspace=int(largest * _MARGIN),
-        graphs=_graphs(model.spec, config, int(largest * _MARGIN)),
+        workspace=workspace,
+        graphs=graphs,
         block=KVCache.bytes_per_block(model.spec, config.block_size, dtype),
         block_size=config.block_size,
-        saved_by_int8=_saved_by_int8(model),
+        saved_by=saved_by(model, device),
+        saved_by_quarter=workspace + graphs - workspace // 4 - _graphs(model, quartered(config), workspace // 4),
     )
     tokens, asked = _least_cache(card, config)
     check_fits(memory, needs, name=card.name, tokens=tokens, dtype=card.dtype, asked=asked)
     blocks = kv_blocks(memory, needs, max_model_len=length, max_num_seqs=config.max_num_seqs)
-    return dataclasses.replace(config, kv_tokens=blocks * config.block_size)
+    config = dataclasses.replace(config, kv_tokens=blocks * config.block_size)
+    return Sized(config=config, graphs=GraphMemory.of(memory, needs, blocks * config.block_size) if graphs else None)
+
+
+def graph_memory(model: Model, card: ModelCard, config: EngineConfig, memory: GpuMemory | None) -> GraphMemory | None:
+    """What is kept for graphs where nothing is measured: for an encoder, or beside a cache of a given size."""
+    if memory is None or not config.cuda_graphs:
+        return None
+    device, dtype = _device_and_dtype(model)
+    needs = estimated(model.spec, card, config, dtype, device)
+    # A refusal counts what is certain. But they need a workspace, too.
+    needs = dataclasses.replace(needs, graphs=needs.graphs + needs.workspace)
+    return GraphMemory.of(memory, needs, config.kv_tokens or 0)
+
+
+def _device_and_dtype(model: Model) -> tuple[torch.device, torch.dtype]:
+    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
+    assert isinstance(device, torch.device)
+    assert isinstance(dtype, torch.dtype)
+    return device, dtype
+
+
+def _graphs(model: Model, config: EngineConfig, step: int) -> int:
+    _, dtype = _device_and_dtype(model)
+    return estimated_graphs(model.spec, config, dtype, tokens=config.max_batch_tokens, step=step)
 
 
 def _least_cache(card: ModelCard, config: EngineConfig) -> tuple[int, str | None]:
@@ -128,48 +160,6 @@ def _least_cache(card: ModelCard, config: EngineConfig) -> tuple[int, str | None
     if config.max_model_len is not None:
         return config.max_model_len, "max_model_len"
     return min(card.max_model_len, LEAST_TOKENS), None
-
-
-def estimated(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype) -> Needs:
-    """What is known without the weights."""
-    blank = Model(spec, dtype=dtype, device="meta", scheme=find_scheme(config.quantize))
-    tokens = max(config.max_batch_tokens, model_len(card, config)) if spec.is_encoder else config.max_batch_tokens
-    widest = max(max(layer.attention.qkv_size, (3 if layer.mlp.gated else 2) * layer.mlp.size) for layer in spec.layers)
-    rows = 0 if spec.is_encoder else config.max_num_seqs
-    return Needs(
-        weights=sum(weight.nbytes for weight in (*blank.parameters(), *blank.scales().values())),
-        workspace=step_bytes(
-            tokens=tokens,
-            rows=rows,
-            hidden=spec.hidden_size,
-            widest=widest,
-            vocab=spec.vocab_size,
-            value=dtype.itemsize,
-        ),
-        graphs=_graphs(spec, dataclasses.replace(config, max_batch_tokens=tokens), 0),
-        block=0 if spec.is_encoder else KVCache.bytes_per_block(spec, config.block_size, dtype),
-        block_size=config.block_size,
-        saved_by_int8=_saved_by_int8(blank),
-    )
-
-
-def _saved_by_int8(model: Model) -> int:
-    """Bytes by which a model would be smaller if its layers were quantized; 0 if they are."""
-    if model.scheme is not None:
-        return 0
-    weights = [part.weight.flatten(0, -2) for part in model.projections().values()]
-    return sum(weight.nbytes - weight.numel() - len(weight) * weight.element_size() for weight in weights)
-
-
-def _graphs(spec: ModelSpec, config: EngineConfig, step: int) -> int:
-    if not config.cuda_graphs:
-        return 0
-    rows = [] if spec.is_encoder else list(decode_sizes(config.max_num_seqs))
-    if spec.encoder is not None or spec.is_encoder:  # of what encoders read, which has no logits
-        rows += [0] * len(sizes_of_batches(config.max_batch_tokens, config.max_num_seqs))
-    else:
-        rows += [config.max_num_seqs] * len(prompt_sizes(config.max_batch_tokens))
-    return graph_bytes(rows=rows, vocab=spec.vocab_size, step=step)
 
 
 def _dry_run(

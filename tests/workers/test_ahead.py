@@ -15,7 +15,8 @@ from headrace.workers.checkpoint import Checkpoint
 from headrace.workers.config import EngineConfig
 from headrace.workers.describe import describe
 from headrace.workers.engine import Engine
-from headrace.workers.kv_size import estimated, expected_len, with_measured_cache
+from headrace.workers.estimate import estimated
+from headrace.workers.kv_size import expected_len, with_measured_cache
 from headrace.workers.loader import load_model
 from headrace.workers.memory import GpuMemory
 from headrace.workers.runner import Runner
@@ -61,8 +62,8 @@ class Served:
 
     def start_up(self, config, **rehearsed):
         self.model.fold()  # as it is once the weights are there
-        config = with_measured_cache(self.model, self.card, config, MEMORY, start_token=self.start, compiled=True)
-        engine = Engine(self.model, self.card, config, start_token=self.start, **rehearsed)
+        sized = with_measured_cache(self.model, self.card, config, MEMORY, start_token=self.start, compiled=True)
+        engine = Engine(self.model, self.card, sized.config, start_token=self.start, **rehearsed)
         engine.warm_up()
         return engine
 

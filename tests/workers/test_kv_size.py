@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
-from headrace.card import ModelCard
 from headrace.errors import ConfigError, ModelError
 from headrace.kernels.kv import KVCache
-from headrace.kernels.policies import find_policy
 from headrace.kernels.quantize import SCHEMES
 from headrace.workers import engines, kv_size
 from headrace.workers.checkpoint import Checkpoint
@@ -22,8 +18,11 @@ from headrace.workers.config import EngineConfig
 from headrace.workers.describe import describe
 from headrace.workers.encoder_graphs import sizes_of_batches
 from headrace.workers.engine import Engine
+from headrace.workers.estimate import estimated
+from headrace.workers.fits import check_fits
+from headrace.workers.graph_memory import GraphMemory
 from headrace.workers.loader import load_model
-from headrace.workers.memory import _GRAPH_BYTES, GpuMemory
+from headrace.workers.memory import GpuMemory
 from headrace.workers.served import start_token_of
 from tests.support.tiny_encoders import save_encoder
 from tests.support.tiny_models import save_model, save_t5
@@ -35,8 +34,8 @@ MIB = 1 << 20
 class Gpu:
     """A GPU's memory: `held` by others, `peak` while steps run, all of it within `total`."""
 
-    def __init__(self, total, *, held=0, peak=0):
-        self.total, self.held, self.peak = total, held, peak
+    def __init__(self, total, *, held=0, peak=0, capability=(9, 0)):
+        self.total, self.held, self.peak, self.capability = total, held, peak, capability
 
     def __call__(self, device, utilization):
         return GpuMemory(total=self.total, held=self.held, utilization=utilization)
@@ -48,6 +47,7 @@ def gpu(monkeypatch):
 
     def pretend(total, **settings):
         memory = Gpu(total, **settings)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: memory.capability)
         monkeypatch.setattr(kv_size, "gpu_memory", memory)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory.peak)
@@ -72,6 +72,10 @@ def loaded(folder):
 
 
 def sized(loaded, memory, **settings):
+    return divided(loaded, memory, **settings).config
+
+
+def divided(loaded, memory, **settings):
     model, card = loaded
     start = start_token_of(model.spec, card, None) if model.spec.encoder is not None else None
     config = EngineConfig(**{"max_num_seqs": 4, "max_batch_tokens": 100} | settings)
@@ -85,7 +89,7 @@ def test_the_weights_are_known_before_they_are_read(folder, loaded):
     checkpoint = Checkpoint(folder)
     spec, card = checkpoint.spec, describe(checkpoint)[0]
     for dtype in (torch.float32, torch.bfloat16):
-        needs = kv_size.estimated(spec, card, EngineConfig(), dtype)
+        needs = estimated(spec, card, EngineConfig(), dtype)
         assert needs.weights == sum(p.numel() for p in load_model(folder).parameters()) * dtype.itemsize
 
 
@@ -100,61 +104,94 @@ def test_weights_in_8_bits_are_known_with_their_factors(tmp_path, name, scheme):
         taken = sum(w.numel() * w.element_size() for w in (*model.parameters(), *model.scales().values()))
         # Packed for a CPU a tied head is a copy of the embedding.
         taken -= model.embedding.weight.nbytes if spec.head.tied else 0
-        plain = kv_size.estimated(spec, card, EngineConfig(), dtype)
-        quantized = kv_size.estimated(spec, card, EngineConfig(quantize=scheme), dtype)
+        plain = estimated(spec, card, EngineConfig(), dtype)
+        quantized = estimated(spec, card, EngineConfig(quantize=scheme), dtype)
         assert quantized.weights == taken
-        assert scheme != "int8" or plain.weights - plain.saved_by_int8 == taken
-        assert quantized.saved_by_int8 == 0
+        assert plain.weights - plain.saved_by[scheme] == taken
+        assert not quantized.saved_by
 
 
-def test_int8_is_advised_where_it_would_fit(folder, gpu):
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_8_bits_are_advised_where_they_would_fit(folder, gpu, scheme):
     checkpoint = Checkpoint(folder)
     spec, card = checkpoint.spec, describe(checkpoint)[0]
     config = EngineConfig(cuda_graphs=False)
-    needs = kv_size.estimated(spec, card, config, torch.float32)
-    least = needs.fixed + needs.cache(512)
-    gpu(int((least - needs.saved_by_int8 // 2) / 0.9))
-    with pytest.raises(ModelError, match=r"What helps: .*--quantize int8, with which the weights take 0\.00 GiB"):
+    needs = estimated(spec, card, config, torch.float32)
+    least, saved = needs.fixed + needs.cache(512), needs.saved_by[scheme]
+    gpu(int((least - saved // 2) / 0.9))
+    advised = rf"What helps: .*--quantize {scheme}, with which the weights take 0\.00 GiB"
+    with pytest.raises(ModelError, match=advised):
         kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
-    assert kv_size.check_before_loading(spec, card, dataclasses.replace(config, quantize="int8"), torch.float32, GPU), (
+    assert kv_size.check_before_loading(spec, card, dataclasses.replace(config, quantize=scheme), torch.float32, GPU), (
         "it was advised, and does not fit either"
     )
-    gpu(int((least - 2 * needs.saved_by_int8) / 0.9))
+    gpu(int((least - 2 * saved) / 0.9))
     with pytest.raises(ModelError, match="What helps") as caught:
         kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
     assert "--quantize" not in caught.value.message
 
 
-def test_graphs_of_an_encoder_are_counted(tmp_path):
-    save_encoder(tmp_path)
-    config = EngineConfig(max_num_seqs=20, max_batch_tokens=300, device="cpu")
-    engine, checkpoint = engines.load_engine(tmp_path, config), Checkpoint(tmp_path)
-    found = [
-        kv_size.estimated(checkpoint.spec, engine.card, dataclasses.replace(config, cuda_graphs=graphs), torch.float32)
-        for graphs in (False, True)
-    ]
-    sizes = sizes_of_batches(engine._runner._max_tokens, engine._runner._max_texts)
-    assert (found[0].graphs, found[1].graphs) == (0, len(sizes) * _GRAPH_BYTES)
+def test_a_gpu_without_fp8_is_not_advised_to_take_it(folder, gpu):
+    checkpoint = Checkpoint(folder)
+    spec, card = checkpoint.spec, describe(checkpoint)[0]
+    config = EngineConfig(cuda_graphs=False)
+    needs = estimated(spec, card, config, torch.float32)
+    total = int((needs.fixed + needs.cache(512) - needs.saved_by["fp8"] // 2) / 0.9)
+    for capability, advised in (((8, 0), False), ((8, 9), True)):
+        gpu(total, capability=capability)
+        with pytest.raises(ModelError, match="--quantize int8") as caught:
+            kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
+        assert ("--quantize fp8" in caught.value.message) is advised
 
 
-def test_the_refusal_that_the_document_shows_is_that_of_the_code(gpu):
-    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128_256}
-    config = LlamaConfig(**sizes, num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131_072)
-    card = ModelCard(
-        name="Llama-3.1-70B",
-        architecture="LlamaForCausalLM",
-        family="llama",
-        fingerprint="",
-        vocab_size=config.vocab_size,
-        max_model_len=config.max_position_embeddings,
-        dtype="bfloat16",
-    )
-    gpu(int(79.1 * 1024) * MIB)
-    spec = find_policy(card.architecture).spec(config)
-    with pytest.raises(ModelError) as caught:
-        kv_size.check_before_loading(spec, card, EngineConfig(), torch.bfloat16, GPU)
-    document = (Path(__file__).parents[2] / "docs/startup.md").read_text()
-    assert caught.value.message in " ".join(document.split())
+def test_what_is_advised_for_steps_fits(folder, gpu):
+    checkpoint = Checkpoint(folder)
+    spec, card = checkpoint.spec, describe(checkpoint)[0]
+    config = EngineConfig(quantize="int8")
+    needs = estimated(spec, card, config, torch.float32)
+    for saved, words, changes in (
+        (needs.saved_by_quarter, "a quarter of", {"max_batch_tokens": 512, "max_num_seqs": 16}),
+        (needs.graphs, "--enforce-eager", {"cuda_graphs": False}),
+    ):
+        gpu(-(-(needs.fixed + needs.cache(512) - saved) * 10 // 9) + 10)
+        with pytest.raises(ModelError, match=f"What helps: .*{words}"):
+            kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
+        assert kv_size.check_before_loading(spec, card, dataclasses.replace(config, **changes), torch.float32, GPU)
+
+
+def encoder(folder, **settings):
+    save_encoder(folder)
+    checkpoint = Checkpoint(folder)
+    return checkpoint.spec, describe(checkpoint)[0], EngineConfig(**{"max_batch_tokens": 300} | settings)
+
+
+def test_graphs_of_encoders_are_counted(tmp_path):
+    """By hand: a graph for each size, of which the states of tokens and texts stay, and a description."""
+    spec, card, config = encoder(tmp_path, max_num_seqs=4, max_batch_tokens=40)
+    assert card.max_model_len == 40
+    kept = sum(spec.hidden_size * (tokens * 2 + 2 * (texts + 1) * 4) for tokens in (16, 32, 40) for texts in (1, 4))
+    needs = estimated(spec, card, config, torch.bfloat16)
+    assert needs.graphs == kept + 6 * 16 * MIB
+    assert needs.block == 0
+    assert estimated(spec, card, dataclasses.replace(config, cuda_graphs=False), torch.bfloat16).graphs == 0
+
+
+def test_they_are_those_that_an_encoder_captures(tmp_path):
+    spec, card, config = encoder(tmp_path, max_num_seqs=20, device="cpu")
+    runner = engines.load_engine(tmp_path, config)._runner
+    sizes = sizes_of_batches(runner._max_tokens, runner._max_texts)
+    assert estimated(spec, card, config, torch.float32).graphs // (16 * MIB) == len(sizes)
+
+
+def test_an_encoder_is_refused_for_its_graphs(tmp_path, gpu):
+    spec, card, config = encoder(tmp_path)
+    needs = estimated(spec, card, config, torch.float32)
+    gpu(int((needs.fixed - MIB) / 0.9))
+    with pytest.raises(ModelError, match=r"the largest step .* \+ CUDA graphs .* --enforce-eager") as caught:
+        kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
+    assert "KV cache" not in caught.value.message
+    eager = dataclasses.replace(config, cuda_graphs=False)
+    assert kv_size.check_before_loading(spec, card, eager, torch.float32, GPU)
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, gpu, monkeypatch):
@@ -169,10 +206,10 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, gpu, monke
 def test_a_setting_that_asks_for_too_much_is_named(folder, gpu, monkeypatch, setting):
     checkpoint = Checkpoint(folder)
     spec, card = checkpoint.spec, describe(checkpoint)[0]
-    needs = kv_size.estimated(spec, card, EngineConfig(cuda_graphs=False), torch.float32)
+    needs = estimated(spec, card, EngineConfig(cuda_graphs=False), torch.float32)
     gpu(int((needs.fixed + needs.cache(300)) / 0.9))
     config = EngineConfig(**{setting: 512}, cuda_graphs=False)
-    monkeypatch.setattr("headrace.workers.memory.LEAST_TOKENS", 16)
+    monkeypatch.setitem(check_fits.__kwdefaults__, "least", 16)
     with pytest.raises(ConfigError, match=f"--{setting.replace('_', '-')} 288 or less") as caught:
         kv_size.check_before_loading(spec, card, config, torch.float32, GPU)
     assert caught.value.param == setting
@@ -181,7 +218,9 @@ def test_a_setting_that_asks_for_too_much_is_named(folder, gpu, monkeypatch, set
 def test_on_a_cpu_nothing_is_checked_and_nothing_measured(loaded):
     model, card = loaded
     assert kv_size.check_before_loading(model.spec, card, EngineConfig(), torch.float32, torch.device("cpu")) is None
-    assert sized(loaded, None) == EngineConfig(max_num_seqs=4, max_batch_tokens=100)
+    unmeasured = divided(loaded, None)
+    assert unmeasured.config == EngineConfig(max_num_seqs=4, max_batch_tokens=100)
+    assert unmeasured.graphs is None
 
 
 # ------------------------------------------------------------------------------------------------------- the dry run
@@ -203,6 +242,25 @@ def test_the_cache_takes_what_weights_and_steps_leave(loaded, gpu):
     assert config.kv_tokens < 4 * 512
     used = 200 * MIB + 599 * MIB + (config.kv_tokens // 16 + 2) * block
     assert 800 * MIB - 2 * block < used <= 800 * MIB
+
+
+def test_what_is_kept_for_graphs_is_known(loaded, gpu):
+    """A workspace, logits and descriptions of four graphs, and what no cache can use."""
+    model, _ = loaded
+    memory = gpu(2000 * MIB)
+    before = memory(GPU, 0.9)
+    memory.peak = 50 * MIB
+    graphs = divided(loaded, before, max_batch_tokens=16).graphs
+    rows = 1 + 2 + 4 + 4
+    results = 4 * 16 * MIB + rows * model.spec.vocab_size * 4
+    assert 45 * MIB < graphs.kept - results < 52.5 * MIB  # the workspace, without the cache of the dry run
+    assert 1000 * MIB < graphs.spare < 1800 * MIB - graphs.kept
+    assert divided(loaded, before, cuda_graphs=False).graphs is None
+    small = gpu(200 * MIB)
+    beside = divided(loaded, small(GPU, 0.9), kv_tokens=160, max_batch_tokens=16).graphs
+    assert isinstance(beside, GraphMemory)
+    assert 4 * 16 * MIB < beside.kept < 4 * 16 * MIB + 2 * MIB
+    assert 180 * MIB - beside.kept - 2 * MIB < beside.spare < 180 * MIB - beside.kept
 
 
 def test_the_dry_run_leaves_nothing_behind(loaded, gpu, monkeypatch):

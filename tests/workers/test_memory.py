@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.errors import ConfigError, ModelError
-from headrace.workers.memory import GpuMemory, Needs, check_fits, graph_bytes, kv_blocks, step_bytes
+from headrace.workers.fits import as_argument, check_fits
+from headrace.workers.memory import GpuMemory, Needs, graph_bytes, kv_blocks, step_bytes
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -23,6 +24,9 @@ def of_8b(**changes):
     return Needs(
         **{"weights": WEIGHTS_8B, "workspace": GIB, "graphs": GIB, "block": BLOCK_8B, "block_size": 16} | changes
     )
+
+
+SAVING = of_8b(saved_by={"int8": 7 * GIB, "fp8": 6 * GIB})
 
 
 def gpu(total=141 * GIB, held=0, utilization=0.9):
@@ -62,9 +66,14 @@ def test_the_workspace_of_a_step():
     )
 
 
-def test_graphs_share_a_workspace_and_keep_their_logits():
-    assert graph_bytes(rows=[], vocab=1000, step=5) == 0
-    assert graph_bytes(rows=[1, 2, 4], vocab=1000, step=5) == 5 + 7 * 4000 + 3 * 16 * MIB
+def test_graphs_share_a_workspace_and_keep_their_results():
+    assert graph_bytes([], step=5) == 0
+    assert graph_bytes([1000, 2000, 0], step=5) == 5 + 3000 + 3 * 16 * MIB
+
+
+def test_a_program_may_hold_all_that_is_free():
+    assert gpu(100 * GIB, held=60 * GIB, utilization=None).allowed == 40 * GIB
+    assert gpu(100 * GIB, held=100 * GIB, utilization=None).allowed == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -97,10 +106,12 @@ def test_the_refusal_is_the_whole_sum():
     ("memory", "needs", "settings", "remedy"),
     [
         (gpu(20 * GIB), of_8b(weights=30 * GIB), {"dtype": "float32"}, "--dtype bfloat16"),
-        (gpu(16 * GIB), of_8b(saved_by_int8=7 * GIB), {}, "--quantize int8, with which the weights take 7.96 GiB"),
+        (gpu(16 * GIB), SAVING, {}, r"--quantize int8, with which the weights take 7\.96 GiB; "),
+        (gpu(16 * GIB), SAVING, {}, r"; --quantize fp8, with which the weights take 8\.96 GiB; "),
         (gpu(20 * GIB), of_8b(), {"tokens": 100_000, "asked": "max_model_len"}, r"--max-model-len \d+ or less"),
         (gpu(20 * GIB), of_8b(), {"tokens": 100_000, "asked": "kv_tokens"}, r"--kv-tokens \d+ or less"),
-        (gpu(20 * GIB), of_8b(workspace=3 * GIB), {}, "--max-num-batched-tokens"),
+        (gpu(20 * GIB), of_8b(workspace=3 * GIB, saved_by_quarter=2 * GIB), {}, "--max-num-batched-tokens"),
+        (gpu(20 * GIB), of_8b(graphs=3 * GIB), {}, "--enforce-eager"),
         (gpu(18 * GIB + 500 * MIB), of_8b(), {}, r"--gpu-memory-utilization 0\.94"),
         (gpu(24 * GIB, held=10 * GIB), of_8b(), {}, "ending what else runs"),
     ],
@@ -110,9 +121,15 @@ def test_it_says_what_would_fit(memory, needs, settings, remedy):
 
 
 def test_a_dtype_that_would_not_fit_either_is_not_advised():
-    assert "--quantize" not in refusal(gpu(10 * GIB), of_8b(saved_by_int8=7 * GIB)).message
+    assert "--quantize" not in refusal(gpu(10 * GIB), SAVING).message
+    only = refusal(gpu(12 * GIB), SAVING).message  # 10.80 GiB, of which 10.21 or 11.21 would be used
+    assert "--quantize int8" in only
+    assert "fp8" not in only
     assert "--quantize" not in refusal(gpu(16 * GIB), of_8b()).message
     assert "bfloat16" not in refusal(gpu(10 * GIB), of_8b(weights=30 * GIB), dtype="float32").message
+    assert "--max-num-batched-tokens" not in refusal(gpu(10 * GIB), of_8b(saved_by_quarter=GIB)).message
+    assert "--enforce-eager" not in refusal(gpu(16 * GIB), of_8b()).message
+    assert "--enforce-eager" not in refusal(gpu(16 * GIB), of_8b(graphs=0)).message
     assert "--max-model-len" not in refusal(gpu(10 * GIB), of_8b(), tokens=9000, asked="max_model_len").message
 
 
@@ -123,6 +140,33 @@ def test_a_setting_that_asks_too_much_is_named():
     (advised,) = re.findall(r"--kv-tokens (\d+)", error.message)
     check_fits(gpu(20 * GIB), of_8b(), name="big", tokens=int(advised), dtype="bfloat16", asked="kv_tokens")
     refusal(gpu(20 * GIB), of_8b(), tokens=int(advised) + 16, asked="kv_tokens")
+
+
+def test_a_program_is_told_of_arguments():
+    needs = of_8b(workspace=MIB, graphs=0, saved_by={"int8": 7 * GIB, "fp8": 7 * GIB})
+    error = refusal(gpu(40 * GIB, held=30 * GIB, utilization=None), needs, tokens=1, spelled=as_argument, least=1)
+    assert isinstance(error, ModelError)
+    assert error.message == (
+        "big does not fit on the GPU: weights 14.96 GiB + a KV cache of 1 token 0.01 GiB + the largest step 0.00 GiB "
+        "= 14.96 GiB, but 10.00 GiB of its 40.00 GiB are free. What helps: quantize='int8', with which the weights "
+        "take 7.96 GiB; quantize='fp8', with which the weights take 7.96 GiB; freeing what else is on the GPU; a GPU "
+        "with 14.96 GiB; device='cpu'."
+    )
+    assert "dtype='bfloat16', which needs half" in (
+        refusal(gpu(10 * GIB, utilization=None), needs, dtype="float32", spelled=as_argument).message
+    )
+    assert "freeing" not in refusal(gpu(10 * GIB, utilization=None), needs, spelled=as_argument).message
+
+
+def test_a_program_that_asks_for_too_much_is_told_how_much_there_is():
+    settings = {"asked": "min_tokens", "least": 1, "spelled": as_argument}
+    memory, needs = gpu(15 * GIB, utilization=None), of_8b(workspace=MIB, graphs=0)
+    error = refusal(memory, needs, tokens=2000, **settings)
+    assert not isinstance(error, ModelError)
+    assert error.param == "min_tokens"
+    (advised,) = re.findall(r"min_tokens=(\d+) or less", error.message)
+    assert 0 < int(advised) < 2000
+    check_fits(memory, needs, name="big", tokens=int(advised), dtype="bfloat16", **settings)
 
 
 # --------------------------------------------------------------------------------------------------------- properties

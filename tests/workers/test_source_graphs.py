@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from headrace.kernels.ops.pair import kernels_on_cpu
-from headrace.workers import kv_size
 from headrace.workers.batch import whole_texts
 from headrace.workers.encoder_graphs import StaticTexts, TextGraphs, sizes_of_batches
 from headrace.workers.engine import Engine, EngineConfig
 from headrace.workers.engines import load_engine
+from headrace.workers.estimate import estimated_graphs
 from headrace.workers.memory import graph_bytes
 from headrace.workers.runner import Runner
 from headrace.workers.step_graphs import StepGraphs
@@ -163,8 +163,10 @@ def test_their_memory_is_counted(folder):
     config = EngineConfig(max_num_seqs=4, max_batch_tokens=64)
     decodes, sources = [1, 2, 4], [0] * len(sizes_of_batches(64, 4))
     assert len(sources) == 6  # 16, 32 and 64 tokens of one source, and of up to four
-    assert kv_size._graphs(spec, config, 5) == graph_bytes(rows=decodes + sources, vocab=spec.vocab_size, step=5)
-    assert kv_size._graphs(spec, dataclasses.replace(config, cuda_graphs=False), 5) == 0
+    kept = [rows * spec.vocab_size * 4 for rows in decodes + sources]
+    counted = {"dtype": torch.float32, "tokens": 64, "step": 5}
+    assert estimated_graphs(spec, config, **counted) == graph_bytes(kept, step=5)
+    assert estimated_graphs(spec, dataclasses.replace(config, cuda_graphs=False), **counted) == 0
 
 
 def test_a_decoder_has_none(tmp_path, monkeypatch):

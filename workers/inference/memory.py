@@ -6,45 +6,59 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headrace.errors import ConfigError, ModelError
-from headrace.kernels.model import Model
+from headrace.errors import ConfigError
+from headrace.kernels.kv import KVCache
 from headrace.kernels.quantize import find_scheme
-from headrace.workers.checkpoint import Checkpoint
+from headrace.kernels.spec import ModelSpec
 from headrace.workers.device import gpu_memory
+from headrace.workers.estimate import blank_model, estimated_step, saved_by, weight_bytes
+from headrace.workers.fits import as_argument, check_fits
 from headrace.workers.inference.config import InferenceConfig
-from headrace.workers.memory import available_bytes
+from headrace.workers.memory import Needs, available_bytes
 
 if TYPE_CHECKING:
     from headrace.workers.inference.kind import Kind
 
-__all__ = ["check_cache", "check_weights"]
+__all__ = ["check_cache", "check_room"]
+
+_BLOCK_SIZE = 16
 
 
-def check_weights(checkpoint: Checkpoint, config: InferenceConfig, device: torch.device) -> None:
-    """Refuse a model whose weights alone are more than a GPU has free; of other devices nothing is known.
+def check_room(
+    spec: ModelSpec, architecture: str, dtype: torch.dtype, device: torch.device, config: InferenceConfig
+) -> None:
+    """Refuse what certainly does not fit beside all else that is on a GPU now.
+
+    Counted are the weights, and the cache of a text of `min_tokens` tokens that was written token by token, or what it
+    takes to read such a text. Graphs come when they are first needed, if there is room, and longer texts as far as
+    there is.
 
     Raises:
-        ModelError: it does not fit; the message has the arithmetic, and what would.
+        ConfigError: it would fit with fewer `min_tokens`.
+        ModelError: it does not fit at all.
     """
     if device.type != "cuda":
         return
-    memory, dtype = gpu_memory(device, 1.0), checkpoint.dtype(config.dtype)
-    needed = _weight_bytes(checkpoint, dtype, config.quantize)
-    if needed <= memory.allowed:
-        return
-    kept = config.quantize or str(dtype).removeprefix("torch.")
-    remedies = []
-    if config.quantize is None and (smaller := _weight_bytes(checkpoint, dtype, "int8")) <= memory.allowed:
-        remedies.append(f"quantize='int8', with which they take {_gib(smaller)}")
-    if dtype == torch.float32 and (smaller := _weight_bytes(checkpoint, torch.bfloat16, config.quantize)):
-        remedies += [f"dtype='bfloat16', with which they take {_gib(smaller)}"] if smaller <= memory.allowed else []
-    if needed <= memory.total and memory.held:
-        remedies.append("ending what else runs on the GPU")
-    raise ModelError(
-        f"{checkpoint.architecture} does not fit on {device}: its weights in {kept} are {_gib(needed)}, but of "
-        f"{_gib(memory.total)} only {_gib(memory.allowed)} can be had. What helps: "
-        f"{'; '.join([*remedies, 'a larger GPU'])}; device='cpu'.",
-        param="model",
+    blank = blank_model(spec, dtype, find_scheme(config.quantize))
+    tokens = config.min_tokens
+    needs = Needs(
+        weights=weight_bytes(blank),
+        workspace=estimated_step(
+            spec, dtype, tokens=tokens if spec.is_encoder else 1, rows=0 if spec.is_encoder else 1
+        ),
+        block=0 if spec.is_encoder else KVCache.bytes_per_block(spec, _BLOCK_SIZE, dtype),
+        block_size=_BLOCK_SIZE,
+        saved_by=saved_by(blank, device),
+    )
+    check_fits(
+        gpu_memory(device, None),
+        needs,
+        name=f"The {architecture}",
+        tokens=tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        asked="min_tokens" if tokens > 1 else None,
+        least=1,
+        spelled=as_argument,
     )
 
 
@@ -66,12 +80,3 @@ def check_cache(kind: Kind, tokens: int) -> None:
             "lower min_tokens, or use quantize='int8', a narrower dtype or a smaller model.",
             param="min_tokens",
         )
-
-
-def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | None) -> int:
-    blank = Model(checkpoint.spec, dtype=dtype, device="meta", scheme=find_scheme(quantize))
-    return sum(weight.nbytes for weight in (*blank.parameters(), *blank.scales().values()))
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -19,7 +19,7 @@ from headrace.kernels.quantize import find_scheme
 from headrace.kernels.spec import ModelSpec
 from headrace.workers.checkpoint import DTYPES, Checkpoint
 from headrace.workers.inference.config import InferenceConfig
-from headrace.workers.inference.memory import check_weights
+from headrace.workers.inference.memory import check_room
 from headrace.workers.inference.road import has_graphs
 from headrace.workers.inference.tasks import blank_task, task_class
 from headrace.workers.loader import loading
@@ -58,7 +58,7 @@ def load(source: object, config: InferenceConfig) -> Loaded:
 
     Raises:
         ConfigError: the source is neither a module nor a path, or a setting contradicts the model.
-        ModelError: files are missing or damaged, or the family is not covered.
+        ModelError: files are missing or damaged, the family is not covered, or there is no memory for it on the GPU.
     """
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
@@ -82,7 +82,7 @@ def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
     if checkpoint.architecture in checkpoint.policy.tasks:
         task = blank_task(task_class(checkpoint.architecture), checkpoint.config)
     scheme = find_scheme(config.quantize, device)
-    check_weights(checkpoint, config, device)
+    check_room(checkpoint.spec, checkpoint.architecture, checkpoint.dtype(config.dtype), device, config)
     with loading(checkpoint, dtype=config.dtype, device=device, task=task, scheme=scheme) as under_way:
         injected = under_way.finished()
     if (folder / "generation_config.json").is_file():
@@ -121,6 +121,8 @@ def _from_module(module: nn.Module, config: InferenceConfig) -> Loaded:
     generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(module.config)
     task = blank_task(type(module), module.config) if architecture in policy.tasks else None
     scheme = find_scheme(config.quantize, device)
+    if not any(parameter.is_cuda for parameter in module.parameters()):  # of those there the memory is taken already
+        check_room(spec, architecture, dtype, device, config)
     injected = inject(module, policy, dtype=dtype, device=device, task=task, scheme=scheme)
     return Loaded(
         model=injected.model,
