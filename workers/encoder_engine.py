@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.card import ModelCard
 from headrace.errors import DeadlineExceededError, HeadraceError, InternalError, InvalidRequestError
+from headrace.kernels.tuning import MOST_ROWS
 from headrace.messages import Assignment, Finish, Refusal, StreamId, TokenRun, unpack_tokens
 from headrace.sampling import SamplingParams
 from headrace.tasks import EMBED, FILL_MASK, PoolingParams
@@ -223,7 +224,13 @@ class EncoderEngine:
                 text = Text(tokens=tokens[:7], pooling=PoolingParams(pooling=pooling, dimensions=1, normalize=True))
                 self._runner.launch([text] * min(3, self.max_num_seqs)).read()
         if FILL_MASK in self.card.tasks:
-            self._runner.launch([Text(tokens=tokens[:1], masks=(0,), top=1)]).read()
+            for count in lengths_up_to(min(MOST_ROWS, self.kv_tokens)) if self._runner.on_gpu else (1,):
+                self._runner.launch(self._masks(count)).read()
+
+    def _masks(self, count: int) -> list[Text]:
+        """Texts that have so many masks together."""
+        lens = [min(count - start, self.card.max_model_len) for start in range(0, count, self.card.max_model_len)]
+        return [Text(tokens=array("I", bytes(4 * length)), masks=tuple(range(length)), top=1) for length in lens]
 
     def load_gauges(self) -> dict[str, int | float]:
         """Figures for heartbeats and metrics."""

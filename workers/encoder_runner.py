@@ -19,6 +19,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.ops.pooling import pool
+from headrace.kernels.tuning import MOST_ROWS
 from headrace.workers.batch import read_texts
 from headrace.workers.device import upload
 from headrace.workers.encoder_graphs import RehearsedTexts, StaticTexts, TextGraphs, sizes_of_batches
@@ -126,7 +127,11 @@ class EncoderRunner:
         rows = [starts[index] + place for index in wanted for place in texts[index].masks]
         if not rows:
             return None
-        logits = self._model.logits(hidden[upload(np.array(rows), self._device)]).float()
-        top = max(texts[index].top or 1 for index in wanted)
-        values, tokens = logits.log_softmax(-1).topk(min(top, logits.shape[-1]))
+        top = min(max(texts[index].top or 1 for index in wanted), self._model.spec.vocab_size)
+        # In pieces: all tokens of a step may be masks, and their logits would take more than all else in it together.
+        parts = [
+            self._model.logits(those).float().log_softmax(-1).topk(top)
+            for those in torch.split(hidden[upload(np.array(rows), self._device)], MOST_ROWS)
+        ]
+        values, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
         return values, tokens

@@ -11,6 +11,7 @@ from headrace.kernels.kv import KVCache
 from headrace.kernels.model import Model
 from headrace.kernels.quantize import Scheme, find_scheme, schemes_of
 from headrace.kernels.spec import ModelSpec
+from headrace.kernels.tuning import MOST_ROWS
 from headrace.workers.config import EngineConfig
 from headrace.workers.encoder_graphs import sizes_of_batches
 from headrace.workers.graphs import decode_sizes, prompt_sizes
@@ -119,8 +120,11 @@ def estimated_graphs(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, 
 
 
 def _step(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype) -> int:
-    rows = 0 if spec.is_encoder else config.max_num_seqs
-    return estimated_step(spec, dtype, tokens=_step_tokens(spec, card, config), rows=rows)
+    tokens = _step_tokens(spec, card, config)
+    rows = config.max_num_seqs
+    if spec.is_encoder:  # any token may be a mask
+        rows = min(MOST_ROWS, tokens) if spec.head is not None else 0
+    return estimated_step(spec, dtype, tokens=tokens, rows=rows)
 
 
 def _graphs(spec: ModelSpec, card: ModelCard, config: EngineConfig, dtype: torch.dtype) -> int:

@@ -121,6 +121,26 @@ def test_how_many_there_are_is_told_when_it_starts_and_as_long_as_it_runs(folder
     assert {phase.name: phase.amount for phase in clock.report().phases}["graphs"] == count
 
 
+def test_as_many_masks_as_a_step_can_have_are_computed_before_it_is_ready(folder, monkeypatch):
+    """One mask was; a second one had its kernels compiled when it came. And 400 at once had no bound of memory."""
+    engine = load(folder, device="cpu", cuda_graphs=False, max_batch_tokens=400, max_num_seqs=12)
+    monkeypatch.setattr(EncoderRunner, "on_gpu", True)
+    model, rows = engine._runner._model, []
+    monkeypatch.setattr(model, "logits", lambda x, compute=model.logits: rows.append(len(x)) or compute(x))
+    engine.warm_up()
+    assert set(rows) == {1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256}
+    rows.clear()
+    for number in range(11):
+        engine.add(ask(number, [MASK] * 36, "fill_mask", sampling={"logprobs": 2}), 0.0)
+    together = engine.step(0.0).runs
+    assert rows == [256, 140]
+    engine.add(ask(0, [MASK] * 36, "fill_mask", sampling={"logprobs": 2}), 0.0)
+    [alone] = engine.step(0.0).runs
+    for one in together:  # of which some have their masks in both pieces
+        assert one.tokens == alone.tokens
+        assert [pair[0] for pair in one.logprobs] == pytest.approx([pair[0] for pair in alone.logprobs], abs=1e-4)
+
+
 def test_graphs_can_be_switched_off(folder, monkeypatch):
     engine = load(folder, device="cpu", cuda_graphs=False)
     monkeypatch.setattr(EncoderRunner, "on_gpu", True)
