@@ -1,6 +1,7 @@
 """What CUDA graphs took of a GPU, compared with what was kept for them: an estimate, and the cache has the rest.
 
-Most of what graphs take is not torch's: the driver keeps a description of each, of which only it knows the size.
+Most of what graphs take is not torch's: the driver keeps a description of each, of which only it knows the size. It
+tells what is free for all, so what other programs take meanwhile counts as well.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class GraphMemory:
             logger.warning(
                 "CUDA graphs took %s, more than the %s that were left for them, so memory may run short under load. "
                 "Start with a lower --max-num-seqs or --kv-tokens, or with --enforce-eager, which has no graphs and is "
-                "slower; and please report it: it is our estimate that is wrong.",
+                "slower. If nothing else was started on this GPU meanwhile, please report it: then it is our estimate "
+                "that is wrong.",
                 _gib(taken),
                 _gib(self.kept + self.spare),
             )
