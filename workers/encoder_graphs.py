@@ -48,6 +48,7 @@ class StaticTexts:
         max_model_len: most tokens of one text.
         device: where.
         spare_slot: of the cache, if there is one, where what belongs to nobody may go.
+        token_types: whether tokens have types other than the first.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class StaticTexts:
         max_model_len: int,
         device: torch.device,
         spare_slot: int = 0,
+        token_types: bool = False,
     ) -> None:
         self._results = results
         self._max_model_len = max_model_len
@@ -66,28 +68,48 @@ class StaticTexts:
         self._inputs = torch.zeros(_layout((max_tokens, max_texts)).size, dtype=torch.int64, device=device)
         self._upload = Upload(self._inputs)
         self._block_tables = torch.zeros(max_texts + 1, 1, dtype=torch.int32, device=device)
+        self._token_types = torch.zeros(max_tokens, dtype=torch.int64, device=device) if token_types else None
 
     def fill(
         self, texts: Sequence[array[int]], size: tuple[int, int], slots: np.ndarray[Any, Any] | None = None
     ) -> None:
         """Write texts, filled up to a size of tokens and texts, and the slots of their tokens, if they have some."""
+        tokens, places = self._laid_out([len(text) for text in texts], size)
+        end = 0
+        for text in texts:
+            tokens[end : end + len(text)] = np.frombuffer(text, np.uint32)
+            end += len(text)
+        if slots is not None:
+            places[:end] = slots
+        self._upload.send(_layout(size).size)
+
+    def copy(self, batch: Batch, size: tuple[int, int]) -> None:
+        """As `fill`, of texts whose tokens are on the device, and may have types."""
+        self._laid_out(batch.query_lens, size)
+        self._upload.send(_layout(size).size)
+        used = len(batch.token_ids)
+        _, _, tokens, _, _ = _layout(size).tensors(self._inputs)
+        tokens[:used].copy_(batch.token_ids)
+        if self._token_types is not None:
+            self._token_types[:used] = 0 if batch.token_types is None else batch.token_types
+
+    def _laid_out(self, text_lens: Sequence[int], size: tuple[int, int]) -> tuple[np.ndarray[Any, Any], ...]:
+        """Where tokens and slots are to be written, [T] of each, all else being there: where texts of these lengths
+        begin, and the positions of their tokens."""
         layout = _layout(size)
         values = self._upload.room(layout.size)
         values[:] = 0
         starts, lens, tokens, positions, places = layout.arrays(values)
-        ends = list(accumulate(len(text) for text in texts))
-        for text, end in zip(texts, ends, strict=True):
-            tokens[end - len(text) : end] = np.frombuffer(text, np.uint32)
-            positions[end - len(text) : end] = np.arange(len(text))
+        ends = list(accumulate(text_lens))
+        for length, end in zip(text_lens, ends, strict=True):
+            positions[end - length : end] = np.arange(length)
         used = ends[-1] if ends else 0
-        if slots is not None:
-            places[:used] = slots
         places[used:] = self._spare_slot
         starts[1 : len(ends) + 1] = ends
         starts[len(ends) + 1 : -1] = used
         starts[-1] = size[0]
         lens[:] = np.diff(starts)
-        self._upload.send(layout.size)
+        return tokens, places
 
     def compute(self, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """What comes of what was written, and of what fills it up; nothing depends on the values."""
@@ -106,6 +128,7 @@ class StaticTexts:
             context_lens_host=(self._max_model_len,) * (num_texts + 1),
             logits_rows=nothing,
             block_size=1,
+            token_types=None if self._token_types is None else self._token_types[:num_tokens],
         )
         return self._results(batch)
 
@@ -131,22 +154,30 @@ class TextGraphs:
         self.sizes = sizes
         self.replays = 0
         self._step = step
+        self._pool: Any = None
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    @torch.inference_mode()
     def capture(self, pool: Any = None) -> None:
         """Capture all of them, the largest first: the others find room in its memory.
 
         Args:
             pool: of memory, of other graphs that never run at the same time; by default a new one.
         """
-        step, pool = self._step, pool or torch.cuda.graph_pool_handle()
+        self._pool = pool
         for size in reversed(self.sizes):
-            step.fill((), size)
-            self._graphs[size] = captured(partial(step.compute, size), pool)
+            self.capture_one(size)
+
+    @torch.inference_mode()
+    def capture_one(self, size: tuple[int, int]) -> None:
+        """Capture that of a size, unless there is one."""
+        if size in self._graphs:
+            return
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._step.fill((), size)
+        self._graphs[size] = captured(partial(self._step.compute, size), self._pool)
 
     def size_for(self, texts: Sequence[array[int]]) -> tuple[int, int] | None:
         """The smallest size that holds the texts, if one does."""
@@ -164,6 +195,13 @@ class TextGraphs:
             slots: [T] of their tokens, if keys and values of them go to a cache.
         """
         self._step.fill(texts, size, slots)
+        self.replays += 1
+        return self._computed(size)
+
+    @torch.inference_mode()
+    def run_batch(self, batch: Batch, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """As `run`, of texts whose tokens are on the device, and may have types."""
+        self._step.copy(batch, size)
         self.replays += 1
         return self._computed(size)
 

@@ -78,14 +78,6 @@ def test_they_cannot_be_promised_on_a_cpu():
     module(IDS)  # it was left as it was
 
 
-def test_nor_for_an_encoder(pretended):
-    with pytest.raises(ConfigError, match="BertForMaskedLM is an encoder, and graphs here are of generation"):
-        init_inference(make_any("bert"), device="cpu", cuda_graphs=True)
-    report = init_inference(make_any("bert"), device="cpu").report()
-    assert report.graphs == {}
-    assert "none, for nothing is decoded" in str(report)
-
-
 def test_a_folder_is_refused_before_its_weights_are_read(folder, monkeypatch):
     monkeypatch.setattr("headrace.workers.inference.sources.loading", None)
     with pytest.raises(ConfigError, match="goes to 'cpu', which has none"):

@@ -19,6 +19,7 @@ from torch import Tensor
 from headrace.kernels.batch import Batch
 from headrace.kernels.kv import KVCache
 from headrace.kernels.ops.pair import kernels_on_cpu
+from headrace.workers.encoder_graphs import StaticTexts
 from headrace.workers.graphs import StaticStep
 from headrace.workers.inference import road, sources
 
@@ -33,17 +34,19 @@ class Pretended:
         interpreted: steps are of kernels, which take seconds each.
 
     Attributes:
-        sizes: of the graphs that were captured, in order.
+        sizes: of the graphs that were captured, in order; those of whole texts are pairs.
         alive: the graphs that nobody dropped yet.
         error: what a capture raises, if anything.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, interpreted: bool = False) -> None:
-        self.sizes: list[int] = []
+        self.sizes: list[Any] = []
         self.alive: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self.error: Exception | None = None
         self._compute = _interpreted if interpreted else _told
-        monkeypatch.setattr("headrace.workers.step_graphs.captured", self._captured)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
+        for module in ("step_graphs", "encoder_graphs"):
+            monkeypatch.setattr(f"headrace.workers.{module}.captured", self._captured)
         monkeypatch.setattr(road, "has_graphs", _has_graphs)
         monkeypatch.setattr(sources, "has_graphs", _has_graphs)
 
@@ -74,14 +77,41 @@ def _has_graphs(device: torch.device) -> bool:
     return True
 
 
-def _interpreted(step: StaticStep, size: int) -> Any:
+def _interpreted(step: Any, size: Any) -> Any:
     with kernels_on_cpu():
         return step.compute(size)
 
 
-def _told(step: StaticStep, size: int) -> Any:
-    with _lens_known(step):
+def _told(step: Any, size: Any) -> Any:
+    with _texts_known(step) if isinstance(step, StaticTexts) else _lens_known(step):
         return step.compute(size)
+
+
+@contextmanager
+def _texts_known(step: StaticTexts) -> Iterator[None]:
+    """Let the model know how long texts really are, and of those alone that are there."""
+    results = step._results
+
+    def known(batch: Batch) -> tuple[Tensor, ...]:
+        texts = batch.context_lens.nonzero().flatten()
+        starts = torch.cat((batch.query_starts[texts], batch.query_starts[-1:]))
+        lens = tuple(batch.context_lens[texts].tolist())
+        batch = dataclasses.replace(
+            batch,
+            query_starts=starts,
+            context_lens=batch.context_lens[texts],
+            block_tables=batch.block_tables[texts],
+            query_lens=lens,
+            context_lens_host=lens,
+            _shared={},
+        )
+        return results(batch)
+
+    step._results = known
+    try:
+        yield
+    finally:
+        step._results = results
 
 
 @contextmanager

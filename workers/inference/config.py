@@ -36,7 +36,7 @@ class InferenceConfig:
         quantize: int8 or fp8, in which the weights of layers are kept; None keeps them in `dtype`. Likewise
             torch.int8 or torch.float8_e4m3fn.
         offload: None; this release keeps all weights on the device.
-        cuda_graphs: whether a GPU decodes by CUDA graphs, which are captured when first needed: None where it can,
+        cuda_graphs: whether a GPU computes by CUDA graphs, which are captured when first needed: None where it can,
             True or an error, False never.
 
     Raises:

@@ -11,8 +11,10 @@ from headrace.kernels.model import Model
 from headrace.workers.inference.inputs import refuse
 from headrace.workers.inference.kind import Kind
 from headrace.workers.inference.reader import Reader
+from headrace.workers.inference.road import Road
 from headrace.workers.inference.sources import Loaded
 from headrace.workers.inference.tasks import put_under
+from headrace.workers.inference.text_replays import TextReplays
 
 __all__ = ["Encoder"]
 
@@ -20,10 +22,14 @@ __all__ = ["Encoder"]
 class Encoder(Kind):
     """A model such as a BertModel, or one for a task, whose head is that of transformers."""
 
-    def __init__(self, loaded: Loaded, max_tokens: int) -> None:
+    def __init__(self, loaded: Loaded, max_tokens: int, cuda_graphs: bool | None = None) -> None:
         super().__init__(loaded, max_tokens)
         model = loaded.model
-        reader = Reader(lambda batch: model.hidden(batch, None), model.spec, max_tokens=max_tokens, device=self.device)
+        road = Road(cuda_graphs, self.device, self._watch)
+        self.text_replays = TextReplays(
+            model, lambda batch: model.hidden(batch, None), max_tokens=max_tokens, road=road
+        )
+        reader = Reader(self.text_replays.states, model.spec, max_tokens=max_tokens, device=self.device)
         encoder = InjectedEncoder(model, reader)
         self._called: nn.Module = encoder
         if loaded.task is not None:

@@ -25,8 +25,10 @@ from headrace.workers.inference.inputs import (
 from headrace.workers.inference.kind import GeneratingKind
 from headrace.workers.inference.padded import PaddedModel
 from headrace.workers.inference.reader import Reader
+from headrace.workers.inference.road import Road
 from headrace.workers.inference.shell import CACHE_NAME, EncoderDecoderShell, encoder_decoder_output
 from headrace.workers.inference.sources import Loaded
+from headrace.workers.inference.text_replays import TextReplays
 
 if TYPE_CHECKING:
     from headrace.workers.engine import Engine
@@ -43,7 +45,9 @@ class EncoderDecoder(GeneratingKind):
         super().__init__(loaded, max_tokens, cuda_graphs)
         model = loaded.model
         self.padded = PaddedModel(model, self.replays, max_tokens=max_tokens, prefix=_DECODER)
-        self._reader = Reader(model.encoded, model.spec, max_tokens=max_tokens, device=self.device)
+        road = Road(cuda_graphs, self.device, self._watch)
+        self.text_replays = TextReplays(model, model.encoded, max_tokens=max_tokens, road=road)
+        self._reader = Reader(self.text_replays.states, model.spec, max_tokens=max_tokens, device=self.device)
         self.shell = EncoderDecoderShell(loaded.config, loaded.generation_config, self.padded, self._reader)
 
     def forward(

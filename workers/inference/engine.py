@@ -116,7 +116,7 @@ class InferenceEngine:
         with self._starting:
             if self._streams is not None:
                 self._streams.close()
-            if isinstance(self._kind, GeneratingKind):
+            if self._kind is not None:
                 self._kind.close()
             self._streams = self._kind = None
 
@@ -277,7 +277,7 @@ class InferenceEngine:
 def _kind(loaded: Loaded, max_tokens: int, cuda_graphs: bool | None) -> Kind:
     spec = loaded.model.spec
     if spec.is_encoder:
-        return Encoder(loaded, max_tokens)
+        return Encoder(loaded, max_tokens, cuda_graphs)
     return (Decoder if spec.encoder is None else EncoderDecoder)(loaded, max_tokens, cuda_graphs)
 
 

@@ -14,6 +14,7 @@ from headrace.workers.inference.replays import Replays
 from headrace.workers.inference.road import Road
 from headrace.workers.inference.shell import Shell
 from headrace.workers.inference.sources import Loaded
+from headrace.workers.inference.text_replays import TextReplays
 from headrace.workers.inference.watch import Watch
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ class Kind(ABC):
         module: what one prints to see the blocks.
         device: where it is.
         dtype: of its weights.
+        text_replays: graphs of whole texts, if it reads any.
     """
+
+    text_replays: TextReplays | None = None
 
     def __init__(self, loaded: Loaded, max_tokens: int) -> None:
         weight = loaded.model.embedding.weight
@@ -50,6 +54,11 @@ class Kind(ABC):
     def look(self) -> None:
         """Notice what its owner changed of the model since the last call."""
         self._watch.look()
+
+    def close(self) -> None:
+        """Free the graphs, and what caches of theirs take."""
+        if self.text_replays is not None:
+            self.text_replays.close()
 
     def cache_bytes(self, tokens: int) -> int:
         """Memory that the cache of so many tokens takes."""
@@ -89,7 +98,8 @@ class GeneratingKind(Kind):
         """A continuous-batching engine around the same weights."""
 
     def close(self) -> None:
-        """Free the graphs, and what their cache takes."""
+        """Free the graphs, and what caches of theirs take."""
+        super().close()
         self.replays.close()
 
     def new_cache(self) -> PagedCache:

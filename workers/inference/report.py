@@ -43,7 +43,8 @@ class InferenceReport:
         weight_bytes: memory that the weights take, with the factors of those that are quantized.
         kv_bytes_per_token: memory that the cache takes for each token of a text; 0 if nothing is cached.
         max_tokens: of one text.
-        graphs: by kind of call, generate and streams, whether its steps are CUDA graphs, and if not, why.
+        graphs: by what is computed, the tokens of generate and of streams, and whole texts (those of an encoder, or the
+            sources of an encoder-decoder), whether its steps are CUDA graphs, and if not, why.
     """
 
     architecture: str
@@ -74,7 +75,7 @@ class InferenceReport:
             "dtype": f"{_precision(self)} on {self.device}",
             "weights": f"{_size(self.weight_bytes)}",
             "cache": f"{cache}, at most {self.max_tokens:,} tokens a text",
-            "graphs": "; ".join(f"{call} {how}" for call, how in self.graphs.items()) or "none, for nothing is decoded",
+            "graphs": "; ".join(f"{call} {how}" for call, how in self.graphs.items()),
         }
         width = max(len(name) for name in (*rows, "left alone"))
         lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
@@ -113,7 +114,7 @@ def make_report(kind: Kind, streams: Streams | None = None) -> InferenceReport:
         ),
         kv_bytes_per_token=kind.cache_bytes(1),
         max_tokens=kind.max_tokens,
-        graphs=_graphs(kind, streams) if isinstance(kind, GeneratingKind) else {},
+        graphs=_graphs(kind, streams),
     )
 
 
@@ -127,12 +128,16 @@ def _not_quantized(model: Model) -> dict[str, str]:
     return why | {small: "not quantized, for they take next to no memory"}
 
 
-def _graphs(kind: GeneratingKind, streams: Streams | None) -> dict[str, str]:
-    replays, gauges = kind.replays, {} if streams is None else streams.gauges()
-    return {
-        "generate": _road(replays.road, replays.num_graphs, replays.num_replays),
-        "streams": _road(kind.stream_road, int(gauges.get("graphs", 0)), int(gauges.get("graph_replays", 0))),
-    }
+def _graphs(kind: Kind, streams: Streams | None) -> dict[str, str]:
+    found = {}
+    if isinstance(kind, GeneratingKind):
+        replays, gauges = kind.replays, {} if streams is None else streams.gauges()
+        found["generate"] = _road(replays.road, replays.num_graphs, replays.num_replays)
+        graphs, steps = int(gauges.get("graphs", 0)), int(gauges.get("graph_replays", 0))
+        found["streams"] = _road(kind.stream_road, graphs, steps)
+    if (texts := kind.text_replays) is not None:
+        found["texts"] = _road(texts.road, texts.num_graphs, texts.num_replays)
+    return found
 
 
 def _road(road: Road, num_graphs: int, num_replays: int) -> str:

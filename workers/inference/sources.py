@@ -77,7 +77,7 @@ def _from_folder(folder: Path, config: InferenceConfig) -> Loaded:
     _check_policy(checkpoint.policy, checkpoint.architecture)
     _check_spec(checkpoint.spec, checkpoint.architecture, config)
     device = _device(config, None)
-    _check_graphs(checkpoint.spec, checkpoint.architecture, device, config)
+    _check_graphs(checkpoint.architecture, device, config)
     task = None
     if checkpoint.architecture in checkpoint.policy.tasks:
         task = blank_task(task_class(checkpoint.architecture), checkpoint.config)
@@ -115,7 +115,7 @@ def _from_module(module: nn.Module, config: InferenceConfig) -> Loaded:
     _check_spec(spec, architecture, config)
     parameter = next(module.parameters(), None)
     device = _device(config, parameter)
-    _check_graphs(spec, architecture, device, config)
+    _check_graphs(architecture, device, config)
     own = parameter.dtype if parameter is not None and parameter.dtype in DTYPES.values() else torch.float32
     dtype = own if config.dtype == "auto" else DTYPES[config.dtype]
     generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(module.config)
@@ -153,20 +153,12 @@ def _check_policy(policy: Policy, architecture: str) -> None:
         )
 
 
-def _check_graphs(spec: ModelSpec, architecture: str, device: torch.device, config: InferenceConfig) -> None:
+def _check_graphs(architecture: str, device: torch.device, config: InferenceConfig) -> None:
     """Refuse to promise CUDA graphs where there can be none."""
-    if not config.cuda_graphs:
-        return
-    if not has_graphs(device):
+    if config.cuda_graphs and not has_graphs(device):
         raise ConfigError(
             f"cuda_graphs is True, but the {architecture} goes to {str(device)!r}, which has none. Leave it out, and "
             "there are graphs wherever there is a GPU.",
-            param="cuda_graphs",
-        )
-    if spec.is_encoder:
-        raise ConfigError(
-            f"cuda_graphs is True, but the {architecture} is an encoder, and graphs here are of generation. Leave it "
-            "out; a pool (`headrace up`) has graphs of encoders, too.",
             param="cuda_graphs",
         )
 
