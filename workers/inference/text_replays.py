@@ -19,8 +19,8 @@ from headrace.workers.inference.road import Road
 
 __all__ = ["TextReplays"]
 
-_MOST_TOKENS = 2048  # of a batch: above, products take so long that launches hide behind them
-_MOST_TEXTS = 256  # likewise
+_MOST_TOKENS = 2048  # of a batch: the most that a graph is made for
+_MOST_TEXTS = 256
 
 
 class TextReplays:
