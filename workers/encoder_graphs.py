@@ -22,7 +22,7 @@ from headrace.kernels.batch import Batch
 from headrace.workers.device import Upload, captured
 from headrace.workers.layout import Layout
 
-__all__ = ["RehearsedTexts", "StaticTexts", "TextGraphs", "sizes_of_batches"]
+__all__ = ["RehearsedTexts", "StaticTexts", "TextGraphs", "size_for", "sizes_of_batches"]
 
 # Tokens of a graph: a step of so many costs about as much as one of the next size, until it is bound by its products.
 # Above the last, launches hide behind products in a model of billions of parameters. In BERT-large they do not yet with
@@ -37,6 +37,11 @@ def sizes_of_batches(max_tokens: int, max_texts: int) -> list[tuple[int, int]]:
     tokens += [max_tokens] if max_tokens <= _TOKENS[-1] else []
     texts = sorted({1, min(_FEW_TEXTS, max_texts), max_texts})
     return [(count, most) for count, most in product(tokens, texts) if most <= count]
+
+
+def size_for(sizes: Sequence[tuple[int, int]], num_tokens: int, num_texts: int) -> tuple[int, int] | None:
+    """The smallest of ascending sizes that holds so many tokens and texts, if one does."""
+    return next((size for size in sizes if size[0] >= num_tokens and size[1] >= num_texts), None)
 
 
 class StaticTexts:
@@ -182,8 +187,7 @@ class TextGraphs:
 
     def size_for(self, texts: Sequence[array[int]]) -> tuple[int, int] | None:
         """The smallest size that holds the texts, if one does."""
-        num_tokens = sum(map(len, texts))
-        return next((size for size in self.sizes if size[0] >= num_tokens and size[1] >= len(texts)), None)
+        return size_for(self.sizes, sum(map(len, texts)), len(texts))
 
     def run(
         self, texts: Sequence[array[int]], size: tuple[int, int], slots: np.ndarray[Any, Any] | None = None

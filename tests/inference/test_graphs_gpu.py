@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from headrace.errors import ConfigError
 from headrace.kernels.model import Model
 from headrace.workers.inference import init_inference
 from tests.inference.batches import generated_at_once, padded
+from tests.support.gpu_memory import check_that_nothing_stays
 from tests.support.tiny_encoders import make_any
 from tests.support.tiny_models import FAMILIES, make_model
 from tests.support.tiny_tokenizer import END_OF_TEXT
@@ -103,21 +103,16 @@ def test_they_stay_between_calls_and_grow_with_them():
 
 
 def test_their_memory_is_free_after_destroy():
-    held = []
-    for _ in range(2):  # the first sets up what stays, such as the workspaces of cuBLAS
+    def use():
         engine = init_inference(make_model("llama", hidden_size=768, intermediate_size=3072))
         out = engine.generate(*batch(11, 30), **GREEDY, return_dict_in_generate=True)
         stream = engine.stream([5, 6], max_tokens=COUNT, ignore_eos=True, temperature=0.0)
         assert len(list(stream)) == COUNT
         assert engine._kind.replays.num_graphs == engine._streams.gauges()["graphs"] == 1
         engine.destroy()
-        del out
-        gc.collect()
-        torch.cuda.empty_cache()
-        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    (allocated, reserved), after = held
-    assert after[0] - allocated < 1 << 20
-    assert after[1] - reserved <= 4 << 20
+        assert len(out.sequences) == 2  # kept, with its cache, until the engine is gone
+
+    check_that_nothing_stays(use)
 
 
 def test_hooks_are_called_and_graphs_come_back():

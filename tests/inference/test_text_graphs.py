@@ -17,6 +17,7 @@ from transformers import T5EncoderModel
 from headrace.errors import ConfigError
 from headrace.workers.inference import init_inference
 from tests.inference.batches import padded
+from tests.support.gpu_memory import check_that_nothing_stays
 from tests.support.graphs_on_cpu import Pretended
 from tests.support.tiny_encoders import ENCODERS, TASKS, make_any
 from tests.support.tiny_models import make_t5
@@ -283,16 +284,11 @@ def test_in_inference_mode_and_out_of_it(device):
 def test_their_memory_is_free_after_destroy():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    held = []
-    for _ in range(2):  # the first sets up what stays, such as the workspaces of cuBLAS
+
+    def use():
         engine = init_inference(make_any("bert", hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-        states = engine(**batch([30] * 8, "cuda"))
+        engine(**batch([30] * 8, "cuda"))
         assert replays(engine) == 1
         engine.destroy()
-        del states
-        gc.collect()
-        torch.cuda.empty_cache()
-        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    (allocated, reserved), after = held
-    assert after[0] - allocated < 1 << 20
-    assert after[1] - reserved <= 4 << 20
+
+    check_that_nothing_stays(use)

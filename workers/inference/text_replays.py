@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headrace.kernels.batch import Batch
 from headrace.kernels.model import Model
-from headrace.workers.encoder_graphs import StaticTexts, TextGraphs, sizes_of_batches
+from headrace.workers.encoder_graphs import StaticTexts, TextGraphs, size_for, sizes_of_batches
 from headrace.workers.inference.road import Road
 
 __all__ = ["TextReplays"]
@@ -61,7 +61,7 @@ class TextReplays:
         with self._lock:
             if self.road.moved():
                 self._graphs = None
-            size = self._size_for(batch)
+            size = size_for(self._sizes, len(batch.token_ids), len(batch.query_lens))
             if self.road.open() and size is not None:
                 with self._in_turn(batch.token_ids):
                     if self.road.try_to(lambda: self._prepare(size)):
@@ -72,10 +72,6 @@ class TextReplays:
         """Free the graphs."""
         with self._lock:
             self._graphs = None
-
-    def _size_for(self, batch: Batch) -> tuple[int, int] | None:
-        tokens, texts = len(batch.token_ids), len(batch.query_lens)
-        return next((size for size in self._sizes if size[0] >= tokens and size[1] >= texts), None)
 
     @contextmanager
     def _in_turn(self, token_ids: Tensor) -> Iterator[None]:
