@@ -5,13 +5,13 @@ known what they must read and compute, how fast they did.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from headrace.benchmarks.report import amount
 from headrace.scripts.terminal import table
 
-__all__ = ["kernel_lines", "kind_of", "traced"]
+__all__ = ["attributed", "kernel_lines", "kind_of", "traced"]
 
 _SHOWN = 16
 _KINDS = {
@@ -32,7 +32,8 @@ def traced(run: Callable[[Callable[[], None]], int], path: str | None, *, gpu: b
         gpu: whether what counts is what a GPU does.
 
     Returns:
-        `steps`, and `kernels`: name, calls and milliseconds of each; without a GPU, of each operation of torch.
+        `steps`, and `kernels`: name, calls and milliseconds of each, as `attributed` counts them; without a GPU, of
+        each operation of torch.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -42,15 +43,39 @@ def traced(run: Callable[[Callable[[], None]], int], path: str | None, *, gpu: b
     if gpu:
         torch.cuda.synchronize()
     profiler.stop()
-    kernels = []
-    for event in profiler.key_averages():
-        if gpu and event.device_type.name != "CUDA":
-            continue
-        spent = event.self_device_time_total if gpu else event.self_cpu_time_total
-        kernels.append({"name": event.key, "calls": event.count, "ms": spent / 1e3})
+    if gpu:
+        kernels = attributed(
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in profiler.events()  # type: ignore[no-untyped-call]
+            if event.device_type.name == "CUDA"
+        )
+    else:
+        kernels = [
+            {"name": event.key, "calls": event.count, "ms": event.self_cpu_time_total / 1e3}
+            for event in profiler.key_averages()
+        ]
     if path is not None:
         profiler.export_chrome_trace(path)
     return {"steps": steps, "kernels": sorted(kernels, key=lambda kernel: -float(kernel["ms"]))}
+
+
+def attributed(spans: Iterable[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    """Calls and milliseconds of kernels, each from the end of the one before, or its own begin if that is later.
+
+    A kernel may be launched while the one before still runs, and waits for it: that time is the other's. So they add up
+    to the time in which the device was busy.
+
+    Args:
+        spans: name, begin and end of each, in microseconds.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    done = float("-inf")
+    for name, begin, end in sorted(spans, key=lambda span: span[2]):
+        kernel = found.setdefault(name, {"name": name, "calls": 0, "ms": 0.0})
+        kernel["calls"] += 1
+        kernel["ms"] += max(0.0, end - max(done, begin)) / 1e3
+        done = max(done, end)
+    return list(found.values())
 
 
 def kind_of(kernel: str) -> str:
