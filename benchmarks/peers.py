@@ -19,11 +19,12 @@ from headrace.benchmarks.models import config_of, peer_module, spec_of
 from headrace.benchmarks.shapes import SHAPES, Source
 from headrace.benchmarks.subject import Room
 from headrace.errors import UnsupportedModelError
+from headrace.workers.config import QUANTIZATIONS
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["VLLM", "CompiledTransformers", "DeepSpeed", "Transformers"]
+__all__ = ["VLLM", "CompiledTransformers", "DeepSpeed", "Library", "Transformers"]
 
 _GREEDY = {"do_sample": False}
 
@@ -32,6 +33,7 @@ class Transformers:
     """`generate` and the plain call, eager."""
 
     package = "transformers"
+    schemes: tuple[str, ...] = ()  # in which it keeps weights, if asked to
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -41,14 +43,14 @@ class Transformers:
         """The module.
 
         Raises:
-            UnsupportedModelError: it is to be quantized.
+            UnsupportedModelError: it is to be quantized as this peer does not do it.
         """
-        _check(self.package, source, ())
+        _check(self.package, source, self.schemes)
         import torch
 
         torch.set_grad_enabled(False)
         started = time.perf_counter()
-        self._module = self._made(peer_module(source, self._device, room.seed), room)
+        self._module = self._made(peer_module(source, self._device, room.seed), source, room)
         return {"version": importlib.metadata.version(self.package), "load_s": time.perf_counter() - started}
 
     def generate(
@@ -98,7 +100,7 @@ class Transformers:
         """Let go of the module."""
         self._module = None
 
-    def _made(self, module: Any, room: Room) -> Any:
+    def _made(self, module: Any, source: Source, room: Room) -> Any:
         return module
 
     def _settings(self) -> dict[str, Any]:
@@ -121,13 +123,31 @@ class DeepSpeed(Transformers):
 
     package = "deepspeed"
 
-    def _made(self, module: Any, room: Room) -> Any:
+    def _made(self, module: Any, source: Source, room: Room) -> Any:
         import deepspeed
 
         engine = deepspeed.init_inference(
             module, dtype=module.dtype, replace_with_kernel_inject=True, max_out_tokens=room.length + 1
         )
         return engine.module
+
+
+class Library(Transformers):
+    """Our own kernels injected into the module, as `headrace.init_inference` does it, called as transformers is."""
+
+    package = "headrace"
+    schemes = QUANTIZATIONS
+
+    def _made(self, module: Any, source: Source, room: Room) -> Any:
+        from headrace.workers.inference import init_inference
+
+        return init_inference(module, dtype=module.dtype, quantize=source.quantize, device=self._device)
+
+    def unload(self) -> None:
+        """Free what the engine holds."""
+        if self._module is not None:
+            self._module.destroy()
+        super().unload()
 
 
 def _check(package: str, source: Source, schemes: Sequence[str]) -> None:

@@ -43,6 +43,7 @@ class Entry:
 SUBJECTS: dict[str, Entry] = {
     OURS: Entry("headrace.benchmarks.ours:Headrace", {"graphs": True}),
     "headrace-eager": Entry("headrace.benchmarks.ours:Headrace", {"graphs": False}),
+    "headrace-library": Entry("headrace.benchmarks.peers:Library"),
     "transformers": Entry("headrace.benchmarks.peers:Transformers", usual="transformers"),
     "transformers-compile": Entry("headrace.benchmarks.peers:CompiledTransformers", warms_whole=True),
     "deepspeed": Entry("headrace.benchmarks.peers:DeepSpeed", usual="deepspeed"),

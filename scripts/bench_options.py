@@ -26,7 +26,7 @@ _COUNT = click.IntRange(min=1)
 _RATE = click.FloatRange(min=0, min_open=True)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
-PEERS = ("transformers", "transformers-compile", "deepspeed", "vllm", "headrace-eager")
+PEERS = ("transformers", "transformers-compile", "deepspeed", "vllm", "headrace-eager", "headrace-library")
 
 _MODEL = (
     option(

@@ -87,6 +87,20 @@ def test_tokens_that_are_drawn(bench):
     assert line.split()[:7] == ["tiny", "float32", "1", "9", "6", "0.8", "0.9"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "decode --shape tiny --prompt-tokens 9 --output-tokens 6",
+        "decode --shape tiny --prompt-tokens 9 --output-tokens 6 --quantize int8",
+        "encode --shape tiny-bert --prompt-tokens 9 --rounds 1",
+    ],
+)
+def test_the_library_as_a_peer(bench, words):
+    [row] = bench(f"{words} --peer headrace-library").rows
+    assert list(row["figures"]) == ["headrace", "headrace-library"]
+    assert row["figures"]["headrace-library"]["value"] > row["limit"]
+
+
 def test_a_profile_of_prompts(bench, tmp_path):
     """Of the whole run; how much is computed is known of products and of attention."""
     done = bench(f"prefill --shape tiny --prompt-tokens 400 --rounds 1 --no-peers --profile {tmp_path}")
